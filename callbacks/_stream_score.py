@@ -1,0 +1,49 @@
+"""Accuracy of a stream: every image is scored when it arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from lit_merge.metrics import Results, mean_over_tasks
+
+__all__ = ("StreamScore",)
+
+
+class StreamScore:
+    """Counts hits of the predictions that were made before the step that uses the images.
+
+    Attributes:
+        counts: Correct predictions and images per task on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+
+    def update(self, trainer: L.Trainer, outputs: dict[str, Any]) -> None:
+        """Look up the labels of a step's images, which the step itself never saw."""
+        for task, logits in outputs["logits"].items():
+            index = outputs["index"][task].cpu()
+            labels = trainer.datamodule.labels(task, index.tolist())  # type: ignore[attr-defined]
+            correct, total = self.counts.get(task, [0, 0])
+            hits = int((logits.argmax(-1).cpu() == labels).sum())
+            self.counts[task] = [correct + hits, total + len(labels)]
+
+    def applied(self, trainer: L.Trainer, results: Results) -> Results:
+        """Return the results with the stream's accuracies in front, if there was a stream."""
+        if not self.counts:
+            return results
+        tasks = {}
+        for task, row in results["tasks"].items():
+            local = torch.tensor(self.counts.get(task, [0, 0]), device=trainer.strategy.root_device)
+            correct, total = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+            accuracy = correct / max(total, 1)
+            normalized = accuracy / max(row["expert_accuracy"], 1 / max(total, 1))
+            tasks[task] = row | {
+                "accuracy": accuracy,
+                "normalized_accuracy": normalized,
+                "final_accuracy": row["accuracy"],
+            }
+        return {"tasks": tasks, "mean": mean_over_tasks(tasks)}

@@ -1,0 +1,66 @@
+"""lit-merge: merging fine-tuned networks at test time, as a LightningModule.
+
+Names are imported when they are first used, so that ``import lit_merge`` costs nothing.
+
+>>> import lit_merge
+>>> "AdaMerging" in dir(lit_merge)
+True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdaMerging": "lit_merge.methods",
+    "Dare": "lit_merge.methods",
+    "Diversity": "lit_merge.objectives",
+    "Entropy": "lit_merge.objectives",
+    "ExpertAlignment": "lit_merge.objectives",
+    "MergeError": "lit_merge.errors",
+    "MergeModule": "lit_merge.module",
+    "MergeTrainer": "lit_merge.trainer",
+    "MiniSuite": "lit_merge.suites",
+    "NetworkSuite": "lit_merge.suites",
+    "Objective": "lit_merge.objectives",
+    "SimpleAverage": "lit_merge.methods",
+    "Suite": "lit_merge.suites",
+    "TaskArithmetic": "lit_merge.methods",
+    "TaskDataModule": "lit_merge.data",
+    "TaskVectors": "lit_merge.task_vectors",
+    "Ties": "lit_merge.methods",
+    "Transform": "lit_merge.transforms",
+    "WeightedSum": "lit_merge.objectives",
+    "main": "lit_merge.cli",
+}
+_MODULES = ("callbacks", "configs", "functional", "transforms")
+
+__all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605 - generated, so that it cannot drift
+
+if TYPE_CHECKING:
+    from lit_merge import callbacks, configs, functional, transforms
+    from lit_merge.cli import main
+    from lit_merge.data import TaskDataModule
+    from lit_merge.errors import MergeError
+    from lit_merge.methods import AdaMerging, Dare, SimpleAverage, TaskArithmetic, Ties
+    from lit_merge.module import MergeModule
+    from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
+    from lit_merge.suites import MiniSuite, NetworkSuite, Suite
+    from lit_merge.task_vectors import TaskVectors
+    from lit_merge.trainer import MergeTrainer
+    from lit_merge.transforms import Transform
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
+    if name in _MODULES:
+        return import_module(f"lit_merge.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lit_merge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

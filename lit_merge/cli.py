@@ -1,0 +1,188 @@
+"""The command line: LightningCLI with bundled configs, one suite for model and data, and errors that help."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lit_merge import __version__, configs
+from lit_merge.callbacks import LogConfig
+from lit_merge.data import TaskDataModule
+from lit_merge.hints import hint
+from lit_merge.module import MergeModule
+from lit_merge.resume import continue_last_run
+from lit_merge.suites import Suite
+from lit_merge.trainer import MergeTrainer
+
+__all__ = ("MergeCLI", "main")
+
+# what a config may name by its bare class name
+_REGISTRY = ("methods", "objectives", "transforms", "suites", "data", "callbacks")
+
+
+class BundledConfigFile(ActionConfigFile):
+    """``--config`` that falls back to the configs that come with the package."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401
+        """Parse a config; a file in the current folder wins over a bundled one."""
+        if isinstance(values, str) and not Path(values).exists():
+            found = configs.find(values)
+            if found is None and "\n" not in values and "{" not in values:
+                parser.error(f"--config: no file {values!r}, and no bundled config of that name{hint_config(values)}")
+            values = values if found is None else str(found)
+        super().__call__(parser, cfg, values, option_string)
+
+
+def hint_config(name: str) -> str:
+    """Suggest bundled configs of a similar name, or list them."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name.removesuffix(".yaml"), [n.removesuffix(".yaml") for n in configs.names()], n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(configs.names())}"
+
+
+class MergeParser(LightningArgumentParser):
+    """A parser whose errors are one line with a suggestion."""
+
+    def print_usage(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        """Print nothing: a Trainer's usage is sixty lines, and the error would drown in it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2, and with a suggestion where one can be found."""
+        super().error(message + hint(message), ex)
+        raise SystemExit(2)
+
+
+class MergeCLI(LightningCLI):
+    """``lit-merge``: the suite is given once and feeds model and data."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and those of :class:`~lit_merge.MergeTrainer`."""
+        known = {"model", "datamodule"}
+        loaders = {"train_dataloaders", "val_dataloaders", "dataloaders"}
+        return {
+            **{name: known | loaders for name in ("fit", "validate", "test", "predict")},
+            "merge": known,
+            "export": known,
+        }
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
+        """Make the parser with bundled configs."""
+        kwargs.setdefault("dump_header", [f"lit-merge=={__version__}", f"lightning=={L.__version__}"])
+        parser: LightningArgumentParser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=BundledConfigFile, help="YAML file, or name of a bundled config; repeatable."
+        )
+        return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, suite, model and data; the suite is linked into the last two."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults(
+            {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
+        )
+        parser.add_subclass_arguments(Suite, "suite", required=True)
+        parser.set_defaults({"suite": {"class_path": "lit_merge.suites.MiniSuite"}})
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+        parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
+        parser.set_defaults({"data": {"class_path": "lit_merge.data.TaskDataModule"}})
+        for target in ("model", "data"):
+            parser.link_arguments("suite", f"{target}.init_args.suite", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the config alone: it, not the checkpoint, is the one source of hyper-parameters."""
+
+    def before_instantiate_classes(self) -> None:
+        """Find the run that ``--ckpt_path last`` means."""
+        if self.subcommand and self.config[self.subcommand].get("ckpt_path") == "last":
+            continue_last_run(self.config[self.subcommand], fresh=self.subcommand == "fit")
+
+    def after_fit(self) -> None:
+        """Evaluate what was learned, beside base and experts."""
+        if not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def validate(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Run ``Trainer.validate`` without its own table: the report has one."""
+        self.trainer.validate(**{**kwargs, "verbose": False})
+
+    def test(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Run ``Trainer.test`` without its own table: the report has one."""
+        self.trainer.test(**{**kwargs, "verbose": False})
+
+
+def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI:
+    """Run the command line.
+
+    Args:
+        args: Arguments; by default those of the process.
+        run: Run the subcommand; otherwise only parse and instantiate, without a subcommand.
+
+    Returns:
+        The CLI, with its ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        SystemExit: Status 2 for wrong usage, 1 for an error while running; the message is on standard error. With
+            ``--debug`` the error itself is raised.
+    """
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if debug and args is None:
+        sys.argv.remove("--debug")  # processes started for further devices repeat the command line
+        os.environ["LIT_MERGE_DEBUG"] = "1"
+    _register()
+    try:
+        with warnings.catch_warnings():
+            _quiet()
+            return _cli(None if args is None else given, run)
+    except Exception as error:
+        if debug or os.environ.get("LIT_MERGE_DEBUG"):
+            raise
+        message = str(error).strip() or type(error).__name__
+        kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+        sys.stderr.write(f"error: {kind}{message}\n       (--debug shows the traceback)\n")
+        raise SystemExit(1) from error
+
+
+def _cli(args: list[str] | None, run: bool) -> MergeCLI:
+    return MergeCLI(
+        MergeModule,
+        TaskDataModule,
+        trainer_class=MergeTrainer,
+        parser_class=MergeParser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_callback=LogConfig,
+        parser_kwargs={"allow_abbrev": False},
+        args=args,
+        run=run,
+    )
+
+
+def _register() -> None:
+    """Import what configs may name; other packages join through the entry point group ``lit_merge.plugins``."""
+    for module in _REGISTRY:
+        import_module(f"lit_merge.{module}")
+    for plugin in entry_points(group="lit_merge.plugins"):
+        plugin.load()
+
+
+def _quiet() -> None:
+    """Hide advice that does not apply: image sets are small, and several loaders per run are normal."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")

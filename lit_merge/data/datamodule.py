@@ -1,0 +1,177 @@
+"""TaskDataModule: unlabelled batches to adapt on, labelled ones to score on, and which images are which."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lit_merge.data.batches import LabelledBatch, UnlabelledBatch
+from lit_merge.data.datasets import Indexed, TaskMixture
+from lit_merge.data.loaders import EvaluationSampler, ResumableLoader, StreamSampler
+from lit_merge.errors import MergeError
+from lit_merge.suites.base import LabelledDataset, Suite
+
+__all__ = ("Protocol", "TaskDataModule")
+
+Protocol = Literal["transductive", "split", "online"]
+
+
+class TaskDataModule(L.LightningDataModule):
+    """The test images of a suite, for adaptation without labels and for evaluation with them.
+
+    Protocols:
+
+    * ``transductive``: adapt on all test images and score all of them, as the AdaMerging paper does.
+    * ``split``: a seeded part of the test images is adapted on, and only the others are scored.
+    * ``online``: the test images arrive once, in a seeded order; each is scored with the weights of the moment it
+      arrives at, before the step that uses it. One epoch is one pass, ``max_epochs`` must be 1.
+
+    Args:
+        suite: Where the images come from.
+        batch_size: Unlabelled images per task, step and process.
+        eval_batch_size: Images per batch in evaluation.
+        steps_per_epoch: Adaptation steps per epoch; by default one pass over the largest task.
+        protocol: Which images adaptation may see and which are scored.
+        adapt_fraction: Share of the test images that ``split`` adapts on, in (0, 1).
+        num_workers: Worker processes per loader.
+        seed: Seed of the order and of the split; by default that of ``seed_everything``.
+
+    Raises:
+        MergeError: A value is out of range, a task is unknown, or a dataset is empty.
+    """
+
+    # ranks without an image of a small task are fine: metrics are summed over ranks
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        suite: Suite,
+        batch_size: int = 16,
+        eval_batch_size: int = 256,
+        steps_per_epoch: int | None = None,
+        protocol: Protocol = "transductive",
+        adapt_fraction: float = 0.5,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if value < 1:
+                raise MergeError(f"data.{name}: expected at least 1, found {value}")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise MergeError(f"data.steps_per_epoch: expected at least 1, found {steps_per_epoch}")
+        if not 0 < adapt_fraction < 1:
+            raise MergeError(f"data.adapt_fraction: expected a share in (0, 1), found {adapt_fraction}")
+        self.suite = suite
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.protocol: Protocol = protocol
+        self.adapt_fraction = adapt_fraction
+        self.num_workers = num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self._data: dict[str, LabelledDataset] = {}
+        self._parts: dict[str, tuple[list[int], list[int]]] = {}
+
+    def prepare_data(self) -> None:
+        """Build or download the suite, once per node."""
+        self.suite.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Decide which images are adapted on and which are scored.
+
+        Raises:
+            MergeError: A dataset is empty or too small to be split.
+        """
+        if self._data:
+            return
+        for task in self.suite.tasks:
+            data = self.suite.dataset(task, "test")
+            if len(data) == 0:
+                raise MergeError(f"{self.suite.name}: task {task!r}: its test set is empty; expected images")
+            self._data[task] = data
+            self._parts[task] = self._partition(task, len(data))
+
+    def _partition(self, task: str, size: int) -> tuple[list[int], list[int]]:
+        if self.protocol == "transductive":
+            return list(range(size)), list(range(size))
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(size, generator=generator).tolist()
+        if self.protocol == "online":
+            return order, list(range(size))
+        cut = round(self.adapt_fraction * size)
+        if not 0 < cut < size:
+            raise MergeError(f"{self.suite.name}: task {task!r}: {size} test images cannot be split at {cut}")
+        return sorted(order[:cut]), sorted(order[cut:])
+
+    def positions(self, part: Literal["adapt", "score"]) -> dict[str, list[int]]:
+        """Positions of the images per task that are adapted on, or scored."""
+        return {task: parts[part == "score"] for task, parts in self._parts.items()}
+
+    def labels(self, task: str, positions: Sequence[int]) -> torch.Tensor:
+        """Labels of some test images of a task, for scoring a stream after the fact."""
+        data = Indexed(self._data[task], positions, f"{task} (test)", self.suite.num_classes(task))
+        return torch.tensor([data[i][1] for i in range(len(data))], dtype=torch.long)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Unlabelled batches: ``{task: UnlabelledBatch}``, every task in every batch."""
+        positions = self.positions("adapt")
+        rank, world = self._place()
+        longest = max(len(p) for p in positions.values())
+        steps = self.steps_per_epoch or -(-longest // (self.batch_size * world))
+        sampler = StreamSampler(
+            positions, self.batch_size, steps,
+            seed=self.seed, rank=rank, world=world, once=self.protocol == "online",
+        )  # fmt: skip
+        if self.trainer is not None:
+            sampler.set_epoch(self.trainer.current_epoch)  # workers start before Lightning says it (issue 21938)
+        return ResumableLoader(TaskMixture(self._data), sampler, **self._worker_options())
+
+    def adaptation_batches(self, count: int = 50) -> Iterator[dict[str, UnlabelledBatch]]:
+        """Yield the first unlabelled batches of a one-process run, the same on all ranks."""
+        sampler = StreamSampler(self.positions("adapt"), self.batch_size, count, seed=self.seed)
+        mixture = TaskMixture(self._data)
+        return (mixture[positions] for positions in sampler)
+
+    def val_dataloader(self) -> dict[str, DataLoader[Any]]:
+        """Labelled batches of every task, one loader a task."""
+        return self._evaluation_loaders()
+
+    def test_dataloader(self) -> dict[str, DataLoader[Any]]:
+        """Labelled batches of every task, one loader a task."""
+        return self._evaluation_loaders()
+
+    def predict_dataloader(self) -> dict[str, DataLoader[Any]]:
+        """Labelled batches of every task, one loader a task; prediction does not look at the labels."""
+        return self._evaluation_loaders()
+
+    def _evaluation_loaders(self) -> dict[str, DataLoader[Any]]:
+        rank, world = self._place()
+        loaders = {}
+        for task, positions in self.positions("score").items():
+            data = Indexed(self._data[task], positions, f"{task} (test)", self.suite.num_classes(task))
+            loaders[task] = DataLoader(
+                data,
+                batch_size=self.eval_batch_size,
+                sampler=EvaluationSampler(len(data), rank, world),
+                collate_fn=_labelled,
+                **self._worker_options(),
+            )
+        return loaders
+
+    def _place(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _worker_options(self) -> dict[str, Any]:
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return {"num_workers": self.num_workers, "pin_memory": on_gpu}
+
+
+def _labelled(items: list[tuple[torch.Tensor, int, int]]) -> LabelledBatch:
+    images, labels, index = zip(*items, strict=True)
+    return LabelledBatch(torch.stack(images), torch.tensor(labels), torch.tensor(index))

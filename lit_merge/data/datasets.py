@@ -1,0 +1,78 @@
+"""Views of labelled datasets: with labels for evaluation, without for adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_merge.data.batches import UnlabelledBatch
+from lit_merge.errors import MergeError
+from lit_merge.suites.base import LabelledDataset
+
+__all__ = ("Indexed", "TaskMixture")
+
+
+class Indexed(Dataset[tuple[Tensor, int, int]]):
+    """Some images of a labelled dataset as ``(image, label, position)``; labels are checked as they are read.
+
+    Args:
+        data: The labelled dataset.
+        positions: Which of its images, in which order.
+        where: Name for messages, such as ``"mnist (test)"``.
+        num_classes: Labels must be in ``range(num_classes)``.
+    """
+
+    def __init__(self, data: LabelledDataset, positions: Sequence[int], where: str, num_classes: int) -> None:
+        self.data = data
+        self.positions = positions
+        self.where = where
+        self.num_classes = num_classes
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
+        position = int(self.positions[item])
+        image, label = self.data[position]
+        if not 0 <= int(label) < self.num_classes:
+            raise MergeError(
+                f"{self.where}: image {position}: label {int(label)} is out of range; the head has "
+                f"{self.num_classes} classes, so labels must be 0 to {self.num_classes - 1}"
+            )
+        return _tensor(image, self.where, position), int(label), position
+
+
+class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
+    """Unlabelled images of all tasks; one item is one batch of every task.
+
+    An item is asked for by a list of positions per task, as :class:`~lit_merge.data.StreamSampler` yields them.
+    Labels are dropped here, before anything that learns can see them.
+
+    Args:
+        data: Labelled dataset per task.
+    """
+
+    def __init__(self, data: Mapping[str, LabelledDataset]) -> None:
+        self.data = dict(data)
+
+    def __len__(self) -> int:
+        return sum(len(data) for data in self.data.values())
+
+    def __getitem__(self, positions: Mapping[str, Sequence[int]]) -> dict[str, UnlabelledBatch]:
+        return {task: self._batch(task, chosen) for task, chosen in positions.items()}
+
+    def _batch(self, task: str, positions: Sequence[int]) -> UnlabelledBatch:
+        images = [_tensor(self.data[task][position][0], task, position) for position in positions]
+        return UnlabelledBatch(torch.stack(images), torch.tensor(positions, dtype=torch.long))
+
+
+def _tensor(image: object, where: str, position: int) -> Tensor:
+    if not isinstance(image, Tensor):
+        raise MergeError(
+            f"{where}: image {position}: expected a float tensor (C, H, W), found {type(image).__name__}; "
+            "give the dataset a transform that ends in a tensor"
+        )
+    return image

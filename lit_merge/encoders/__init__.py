@@ -1,0 +1,1 @@
+"""Encoders and heads: networks from images to features, and frozen maps from features to logits."""

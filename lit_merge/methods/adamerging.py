@@ -1,0 +1,81 @@
+"""AdaMerging: coefficients learned at test time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_merge.errors import MergeError
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import Granularity, TaskVectors
+
+__all__ = ("AdaMerging",)
+
+
+class AdaMerging(MergeModule):
+    """Learn the coefficients of task vectors on unlabelled test images: θ_l = θ0_l + Σ_t λ_{t,l} τ_{t,l}.
+
+    The published recipe is the default: 0.3 at the start, Adam with learning rate 1e-3, 16 images per task and step,
+    sum of the tasks' entropies, no bounds in the loss. AdaMerging++ is this class after the transform
+    :class:`lit_merge.transforms.Ties`.
+
+    Args:
+        granularity: ``task``: one coefficient per task; ``block``: per task and numbered block; ``tensor``, or
+            ``layer`` in the paper's word: per task and parameter tensor.
+        init: Coefficients at the start; null for 1/T.
+        bounds: Lowest and highest coefficient. They are projected onto the interval after each step: clamping in the
+            graph, as in the released code, kills the gradient of whatever leaves it once.
+        softmax: The coefficients of the tasks are a softmax, so they are positive and sum to 1; they start at 1/T,
+            and ``init`` and ``bounds`` do not apply.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Raises:
+        MergeError: A value is out of range.
+
+    Source: Yang et al., AdaMerging, equations 3 to 5, arXiv 2310.02575.
+    """
+
+    def __init__(
+        self,
+        granularity: Granularity = "tensor",
+        init: float | None = 0.3,
+        bounds: tuple[float, float] | None = None,
+        softmax: bool = False,
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise MergeError(f"AdaMerging.bounds: expected lowest < highest, found {bounds}")
+        if bounds is not None and softmax:
+            raise MergeError("AdaMerging: bounds and softmax exclude each other; softmax coefficients lie in (0, 1)")
+        self.granularity: Granularity = granularity
+        self.init = init
+        self.bounds = bounds
+        self.softmax = softmax
+
+    def make_parameters(self, bank: TaskVectors) -> None:
+        """Make the coefficients ``(T, G)``, one column per group of tensors."""
+        groups, column = bank.groups(self.granularity)
+        start = 0.0 if self.softmax else 1 / len(bank.tasks) if self.init is None else self.init
+        self.register_buffer("column", column, persistent=False)
+        self.coefficients = nn.Parameter(torch.full((len(bank.tasks), len(groups)), start, dtype=bank.compute_dtype))
+
+    def weights(self) -> Tensor:
+        """Coefficients as they act, ``(T, L)``: one column per parameter tensor."""
+        values = self.coefficients.softmax(0) if self.softmax else self.coefficients
+        return values[:, self.column]
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + Σ λ_{t,l} τ_{t,l}; every tensor has a coefficient."""
+        return bank.contract(self.weights())
+
+    def project(self) -> None:
+        """Bring the coefficients back into their bounds."""
+        if self.bounds is not None:
+            self.coefficients.clamp_(*self.bounds)
+
+    def coefficient_table(self) -> Tensor:
+        """Coefficients as they act, ``(T, L)``."""
+        return self.weights().detach()

@@ -1,0 +1,31 @@
+"""Task arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("TaskArithmetic",)
+
+
+class TaskArithmetic(MergeModule):
+    """Scaled sum of task vectors: θ = θ0 + λ Σ_t τ_t.
+
+    Args:
+        scale: The coefficient λ; 0.3 is the published choice for eight vision tasks.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Source: Ilharco et al., Editing Models with Task Arithmetic, section 4, arXiv 2212.04089.
+    """
+
+    def __init__(self, scale: float = 0.3, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + λ Σ τ_t; every tensor is summed."""
+        return bank.contract(self.scale)

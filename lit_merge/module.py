@@ -1,0 +1,305 @@
+"""MergeModule: a merge as a LightningModule, and the one base class of all methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lit_merge.data.batches import UnlabelledBatch
+from lit_merge.errors import MergeError
+from lit_merge.evaluation import EvaluationSteps
+from lit_merge.fingerprint import check_fingerprint, fingerprint
+from lit_merge.functional.batch_norm import recalibrate_batch_norm
+from lit_merge.functional.leaf_gradient import leaf_loss, leaves
+from lit_merge.metrics import TaskScores
+from lit_merge.objectives import Entropy, Objective, TaskOutput
+from lit_merge.skeleton import Skeleton, freeze_to_buffers
+from lit_merge.suites.base import Suite
+from lit_merge.task_vectors import TaskVectors
+from lit_merge.teachers import TeacherCache
+from lit_merge.transforms import Transform
+
+__all__ = ("MergeModule",)
+
+Batches = dict[str, UnlabelledBatch]
+
+
+class MergeModule(EvaluationSteps, ABC):
+    """One network out of many: frozen task vectors, a rule that combines them, an objective that adapts the rule.
+
+    A method says how it merges (:meth:`merge`) and, if it learns, how its parameters are made
+    (:meth:`make_parameters`). Everything else is here: one pass over the task vectors per step however many tasks
+    there are, evaluation beside base and experts, kilobyte checkpoints that know their experts.
+
+    Args:
+        suite: What is merged.
+        transforms: Applied to the task vectors in order, before the rule sees them.
+        objective: Loss of each task on unlabelled images; by default :class:`~lit_merge.objectives.Entropy`.
+        optimizer: Makes the optimizer from the parameters; by default Adam with learning rate 1e-3.
+        scheduler: Makes the scheduler from the optimizer, stepped every step.
+        buffers: Running statistics of the merged network: ``average`` of the experts', those of the ``base``, or
+            ``recalibrate``: average while adapting, then measured on unlabelled images before each evaluation.
+        max_images: Images per encoder pass in adaptation; tasks are grouped up to it, to save memory. A task's batch
+            is never split. By default all tasks go together.
+        teacher_cache: Bytes for the experts' outputs, if the objective needs them.
+
+    Raises:
+        MergeError: A value is out of range.
+    """
+
+    bank: TaskVectors
+    skeleton: Skeleton
+    heads: nn.ModuleList
+
+    def __init__(
+        self,
+        suite: Suite,
+        transforms: Sequence[Transform] | None = None,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = torch.optim.Adam,
+        scheduler: LRSchedulerCallable | None = None,
+        buffers: Literal["average", "base", "recalibrate"] = "average",
+        max_images: int | None = None,
+        teacher_cache: int = 2**30,
+    ) -> None:
+        super().__init__()
+        if buffers not in ("average", "base", "recalibrate"):
+            raise MergeError(f"model.buffers: expected average, base or recalibrate, found {buffers!r}")
+        if max_images is not None and max_images < 1:
+            raise MergeError(f"model.max_images: expected at least 1, found {max_images}")
+        self.save_hyperparameters(ignore=("suite", "transforms", "objective", "optimizer", "scheduler"))
+        self.suite = suite
+        self.transforms = tuple(transforms or ())
+        self.objective = objective or Entropy()
+        self.optimizer_factory = optimizer
+        self.scheduler_factory = scheduler
+        self.buffer_policy = buffers
+        self.max_images = max_images
+        self.teachers = TeacherCache(teacher_cache)
+        self._measured: dict[str, Tensor] = {}
+
+    # What a method says ------------------------------------------------------------------------------------------
+
+    def make_parameters(self, bank: TaskVectors) -> None:  # noqa: B027 - optional hook
+        """Make what is learned, as ``nn.Parameter`` attributes; a method that learns nothing leaves this out."""
+
+    @abstractmethod
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return the merged parameters by name, differentiable with respect to what is learned."""
+
+    def project(self) -> None:  # noqa: B027 - optional hook
+        """Bring the parameters back to where they may be; called after each step, without gradients."""
+
+    def coefficient_table(self) -> Tensor | None:
+        """Return coefficients per task and tensor ``(T, L)`` for tables and pictures, if the method has them."""
+        return None
+
+    @property
+    def learnable(self) -> bool:
+        """Whether the method has parameters to train."""
+        return type(self).make_parameters is not MergeModule.make_parameters
+
+    # Building ----------------------------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Build or download the suite, once per node."""
+        self.suite.prepare()
+
+    def configure_model(self) -> None:
+        """Read base, experts and heads; idempotent, as Lightning calls it for every stage."""
+        if hasattr(self, "bank"):
+            return
+        self.suite.prepare()
+        self.skeleton = Skeleton(self.suite.network())
+        bank = TaskVectors.from_state_dicts(
+            self.suite.base(),
+            {task: self.suite.expert(task) for task in self.suite.tasks},
+            buffers=self.skeleton.buffers_of,
+            tied=self.skeleton.tied,
+        )
+        for transform in self.transforms:
+            bank = bank.map(transform)
+        self.heads = nn.ModuleList(freeze_to_buffers(deepcopy(self.suite.head(task))) for task in self.suite.tasks)
+        self.scores = TaskScores(self.suite.tasks)
+        self.bank = bank
+        self.make_parameters(bank)
+        # the bank is the same on all ranks (checked below); broadcasting it at every step would cost gigabytes
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [n for n, _ in self.named_buffers()])
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union
+        """Make the optimizer and, if asked for, the scheduler."""
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if self.scheduler_factory is None:
+            return optimizer
+        scheduler = self.scheduler_factory(optimizer)
+        options = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            options["monitor"] = scheduler.monitor
+        return {"optimizer": optimizer, "lr_scheduler": options}
+
+    def setup(self, stage: str) -> None:
+        """Refuse precisions that would round the coefficients.
+
+        Raises:
+            MergeError: A learnable merge with a half ``*-true`` precision.
+        """
+        precision = str(self.trainer.precision)
+        if self.learnable and precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
+            raise MergeError(
+                f"trainer.precision: {precision} would round the coefficients (steps of 0.002 at 0.3); "
+                "use bf16-mixed or 32-true"
+            )
+
+    def on_fit_start(self) -> None:
+        """Check that all ranks hold the same networks.
+
+        Raises:
+            MergeError: They do not.
+        """
+        own = torch.tensor(list(bytes.fromhex("".join(self.bank.digests.values()))), device=self.device)
+        everyone = self.all_gather(own).reshape(-1, len(own))
+        if not bool((everyone == own).all()):
+            raise MergeError("suite: base or experts differ between ranks; all ranks must read the same files")
+
+    # Adapting ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
+        """Take the loss of one unlabelled batch of every task; the losses of the tasks are summed.
+
+        Returns:
+            The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
+        """
+        merged = self.merge(self.bank)
+        weights = leaves(merged)
+        outputs: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
+        scale = self._loss_scale()
+        loss = leaf_loss(merged, weights, self._chunk_losses(self.complete(weights), batch, outputs, losses), scale)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
+        return {"loss": loss, "logits": outputs, "index": {task: part.index for task, part in batch.items()}}
+
+    def _chunk_losses(
+        self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Sum of the losses of each chunk; logits and single losses are noted on the way."""
+        for chunk in chunks(batch, self.max_images):
+            features = self.skeleton(state, torch.cat([batch[task].images for task in chunk]))
+            total: list[Tensor] = []
+            for task, part in zip(chunk, features.split([len(batch[task].images) for task in chunk]), strict=True):
+                logits = self.head(task)(part)
+                total.append(self.objective(self._task_output(task, batch[task], logits, part)))
+                outputs[task], losses[task] = logits.detach(), total[-1].detach()
+            yield torch.stack(total).sum()
+
+    def _task_output(self, task: str, batch: UnlabelledBatch, logits: Tensor, features: Tensor) -> TaskOutput:
+        if not self.objective.uses_expert:
+            return TaskOutput(logits, features)
+        size = len(self.suite.dataset(task, "test"))
+        with torch.no_grad():
+            expert_features, expert_logits = self.teachers.outputs(
+                task, batch, size, lambda images: self.outputs(self.expert_state(task), task, images)
+            )
+        return TaskOutput(logits, features, expert_logits, expert_features)
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's hook
+        """Step, then project."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.project()
+
+    # The merged network ------------------------------------------------------------------------------------------
+
+    def head(self, task: str) -> nn.Module:
+        """Return the frozen head of a task."""
+        return self.heads[self.suite.tasks.index(self.suite.check_task(task))]
+
+    def outputs(self, state: Mapping[str, Tensor], task: str, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a complete state dict on images ``(B, C, H, W)``: features ``(B, D)`` and logits ``(B, C)``."""
+        features = self.skeleton(state, images)
+        return features, self.head(task)(features)
+
+    def complete(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add buffers by the policy, integer tensors and tied names to merged parameters."""
+        policy: Literal["average", "base"] = "base" if self.buffer_policy == "base" else "average"
+        return self.bank.complete(parameters, policy) | self._measured
+
+    @torch.no_grad()
+    def merged_state(self) -> dict[str, Tensor]:
+        """State dict of the merged network, with the keys of the base: what :meth:`export` writes."""
+        return self.complete(self.merge(self.bank))
+
+    def expert_state(self, task: str) -> dict[str, Tensor]:
+        """State dict of one expert as it was before the transforms, on this module's device."""
+        if not self.transforms:
+            return self.bank.expert(task)
+        if self._expert[0] != task:  # transforms changed the bank, so the suite is asked again
+            self._expert = (task, {name: value.to(self.device) for name, value in self.suite.expert(task).items()})
+        return self._expert[1]
+
+    @torch.no_grad()
+    def recalibrate(self, batches: Iterable[Batches]) -> None:
+        """Measure running statistics of batch normalisation under the merged weights.
+
+        Args:
+            batches: Unlabelled batches of all tasks, the same on all ranks.
+        """
+        self._measured = {}
+        state = self.merged_state()
+        mixed = (torch.cat([part.images.to(self.device) for part in batch.values()]) for batch in batches)
+        self._measured = recalibrate_batch_norm(self.skeleton.network, state, mixed)
+
+    def prepare_evaluation(self) -> None:
+        """Recalibrate, if that is the policy for buffers."""
+        if self.buffer_policy != "recalibrate":
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise MergeError("model.buffers: recalibrate needs a TaskDataModule to draw unlabelled images from")
+        self.recalibrate(datamodule.adaptation_batches())
+
+    def forward(self, images: Tensor, task: str) -> Tensor:
+        """Return the merged network's logits of one task: images ``(B, C, H, W)`` to ``(B, classes)``."""
+        return self.outputs(self._merged or self.merged_state(), task, images)[1]
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which base, experts and transforms the parameters were learned with."""
+        checkpoint["lit_merge"] = fingerprint(self.bank, self.transforms)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse parameters that were learned with other networks."""
+        self.configure_model()
+        check_fingerprint(checkpoint.get("lit_merge", {}), fingerprint(self.bank, self.transforms))
+
+
+def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:
+    """Group tasks whose images have the same shape, up to ``most`` images a group.
+
+    >>> b = {t: UnlabelledBatch(torch.zeros(4, 1, 2, 2), torch.arange(4)) for t in "abc"}
+    >>> chunks(b, 8), chunks(b, None)
+    ([['a', 'b'], ['c']], [['a', 'b', 'c']])
+    """
+    groups: list[list[str]] = []
+    size = 0
+    for task, part in batch.items():
+        images = part.images
+        same = groups and batch[groups[-1][0]].images.shape[1:] == images.shape[1:]
+        if not same or (most is not None and size + len(images) > most):
+            groups.append([])
+            size = 0
+        groups[-1].append(task)
+        size += len(images)
+    return groups

@@ -1,0 +1,69 @@
+"""What an objective sees, and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ("Objective", "TaskOutput", "mean_over_ranks")
+
+
+class TaskOutput(NamedTuple):
+    """Outputs of one task's unlabelled batch.
+
+    Attributes:
+        logits: ``(B, C)``, of the merged network.
+        features: ``(B, D)``, of the merged network.
+        expert_logits: ``(B, C)``, of the task's expert on the same images; only if the objective needs experts.
+        expert_features: ``(B, D)``, likewise.
+    """
+
+    logits: Tensor
+    features: Tensor
+    expert_logits: Tensor | None = None
+    expert_features: Tensor | None = None
+
+
+class Objective(ABC):
+    """A loss of one task on unlabelled images; lower is better. The losses of the tasks are summed.
+
+    A subclass computes a scalar from a :class:`TaskOutput`. It must be a mean over images, so that the gradients of
+    several ranks average to that of one.
+    """
+
+    needs_expert: ClassVar[bool] = False
+    """Whether the expert's outputs are asked for; they are computed once per image and kept where memory allows."""
+
+    @property
+    def uses_expert(self) -> bool:
+        """Whether this instance needs the experts' outputs."""
+        return self.needs_expert
+
+    @abstractmethod
+    def __call__(self, output: TaskOutput) -> Tensor:
+        """Return the loss, a scalar."""
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean of a per-rank mean over all ranks; its gradient is that of the local term.
+
+    With the averaging of gradients that distributed training does, this makes a nonlinear function of a batch mean
+    the same function of the global batch.
+
+    Args:
+        value: Any shape, the same on all ranks.
+
+    Returns:
+        The same shape.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    with torch.no_grad():
+        difference = total / dist.get_world_size() - value
+    return value + difference

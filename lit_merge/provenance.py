@@ -1,0 +1,46 @@
+"""Where a result comes from: versions, configuration and hashes."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import lightning as L
+
+from lit_merge import __version__
+from lit_merge.fingerprint import fingerprint
+from lit_merge.module import MergeModule
+
+__all__ = ("provenance", "versions")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on.
+
+    >>> sorted(versions())
+    ['lightning', 'lit-merge', 'python', 'torch']
+    """
+    return {
+        "lit-merge": __version__,
+        "lightning": version("lightning"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+    }
+
+
+def provenance(trainer: L.Trainer, model: MergeModule) -> dict[str, Any]:
+    """Return what ``merge.json`` says: method, suite, hashes, versions and, from the command line, the config."""
+    from lit_merge.callbacks.log_config import LogConfig
+
+    configs = [c.text() for c in trainer.callbacks if isinstance(c, LogConfig)]  # type: ignore[attr-defined]
+    return {
+        "schema": 1,
+        "method": type(model).__name__,
+        "suite": model.suite.name,
+        **fingerprint(model.bank, model.transforms),
+        "hyperparameters": dict(model.hparams),
+        "steps": trainer.global_step,
+        "versions": versions(),
+        "config": configs[0] if configs else None,
+    }

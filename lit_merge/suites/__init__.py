@@ -1,0 +1,7 @@
+"""Suites: what is merged, and on which images."""
+
+from lit_merge.suites.base import LabelledDataset, Split, Suite
+from lit_merge.suites.mini import MiniSuite
+from lit_merge.suites.network import NetworkSuite
+
+__all__ = ("LabelledDataset", "MiniSuite", "NetworkSuite", "Split", "Suite")

@@ -1,0 +1,79 @@
+"""The contract of a suite: what is merged, and on which images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sized
+from typing import Literal, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from lit_merge.errors import MergeError
+
+__all__ = ("LabelledDataset", "Split", "Suite")
+
+Split = Literal["train", "test"]
+
+
+@runtime_checkable
+class LabelledDataset(Sized, Protocol):
+    """A map-style dataset of ``(image, label)``: a float tensor ``(C, H, W)`` and a class index."""
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]:
+        """Return image and label number ``index``."""
+        ...
+
+
+class Suite(ABC):
+    """Base network, experts, heads and datasets of a merging problem.
+
+    A suite is cheap to construct: files are read, and whatever has to be built is built, only when asked for.
+    Everything it returns belongs to the caller only for reading; the merge copies what it changes.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the suite in reports."""
+        return type(self).__name__
+
+    @property
+    @abstractmethod
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order in which they index every stacked tensor."""
+
+    def prepare(self) -> None:  # noqa: B027 - optional hook, not an oversight
+        """Build or download what is missing; called once per node, before anything else is asked for."""
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """Return the architecture, mapping images ``(B, C, H, W)`` to features ``(B, D)``; its values do not matter."""
+
+    @abstractmethod
+    def base(self) -> Mapping[str, Tensor]:
+        """Return the state dict of the pretrained network."""
+
+    @abstractmethod
+    def expert(self, task: str) -> Mapping[str, Tensor]:
+        """Return the state dict of the network fine-tuned on ``task``."""
+
+    @abstractmethod
+    def head(self, task: str) -> nn.Module:
+        """Return the frozen head of ``task``, mapping features ``(B, D)`` to logits ``(B, classes)``."""
+
+    @abstractmethod
+    def num_classes(self, task: str) -> int:
+        """Return the number of classes of ``task``."""
+
+    @abstractmethod
+    def dataset(self, task: str, split: Split) -> LabelledDataset:
+        """Return the labelled images of one split of ``task``."""
+
+    def check_task(self, task: str) -> str:
+        """Return ``task`` if the suite has it.
+
+        Raises:
+            MergeError: It does not; the message lists the tasks it has.
+        """
+        if task not in self.tasks:
+            raise MergeError(f"{self.name}: unknown task {task!r}; it has {', '.join(self.tasks)}")
+        return task

@@ -1,0 +1,261 @@
+"""TaskVectors: the bank of task vectors, and the one seam where coefficients meet it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from lit_merge.checkpoints.checks import check_state, check_tied, common_layout
+from lit_merge.checkpoints.digests import StateDigest
+from lit_merge.errors import MergeError
+from lit_merge.stack import Stack
+
+__all__ = ("BufferPolicy", "Granularity", "TaskVectors")
+
+BufferPolicy = Literal["average", "base"]
+Granularity = Literal["task", "block", "tensor", "layer"]
+
+
+class TaskVectors(nn.Module):
+    """Base network and stacked task vectors τ_t = θ_t − θ0; frozen, and never part of a checkpoint.
+
+    Make one with :meth:`from_state_dicts`. Everything is held in non-persistent buffers, so it moves with the module.
+
+    * Floating parameters have task vectors, and these are what coefficients act on.
+    * Floating buffers (running statistics) are kept beside them and merged by policy, see :meth:`complete`.
+    * Integer and boolean tensors keep the value of the base.
+    * Tied tensors appear once, under the first of their names; :meth:`complete` writes all names again.
+
+    Attributes:
+        tasks: Names of the tasks, in the order of the first dimension of every stacked tensor.
+        names: Names of the tensors that coefficients act on, in the order of the base: the columns of ``(T, L)``.
+        digests: SHA-256 of the base (key ``""``) and of each expert (by task), over names, shapes and values.
+
+    >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+    >>> bank.tasks, bank.deltas["w"].shape
+    (('a',), torch.Size([1, 2]))
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        parameters: Stack,
+        buffers: Stack,
+        constants: Mapping[str, Tensor],
+        tied: Mapping[str, str],
+        digests: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.digests = dict(digests)
+        self._weights = parameters
+        self._statistics = buffers
+        self._tied = dict(tied)
+        self._constant_names = tuple(constants)
+        for number, value in enumerate(constants.values()):
+            self.register_buffer(f"_constant_{number}", value.clone(), persistent=False)
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        base: Mapping[str, Tensor],
+        experts: Mapping[str, Mapping[str, Tensor]],
+        *,
+        buffers: Collection[str] = (),
+        tied: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Subtract the base from every expert; nothing is mutated and the tensors are read one at a time.
+
+        Args:
+            base: State dict of the pretrained network.
+            experts: State dict per task, with the keys, shapes and dtypes of the base; may be lazy mappings.
+            buffers: Names that are buffers, not parameters (running statistics).
+            tied: Second names of tied tensors, ``{alias: name}``; by default those that share memory in ``base``.
+            dtype: Storage of the task vectors; by default that of the base, at least float32.
+
+        Returns:
+            The bank.
+
+        Raises:
+            MergeError: No expert; keys, shapes or dtypes differ; a value is NaN or infinite; tied tensors differ.
+        """
+        layout = common_layout(base, experts, buffers=buffers, tied=tied)
+        weights = Stack(layout.parameters, base, len(experts), dtype=dtype)
+        statistics = Stack(layout.buffers, base, len(experts))
+        digests = {"": _fill(StateDigest(), base, lambda name, value: check_state("base", name, value))}
+        check_tied("base", base, layout.tied)
+        for row, (task, state) in enumerate(experts.items()):
+            where = f"expert {task!r}"
+
+            def put(name: str, value: Tensor, row: int = row, where: str = where) -> None:
+                check_state(where, name, value)
+                weights.put(row, name, value)
+                statistics.put(row, name, value)
+
+            digests[task] = _fill(StateDigest(), state, put)
+            check_tied(where, state, layout.tied)
+        constants = {name: base[name] for name in layout.constants}
+        return cls(tuple(experts), weights, statistics, constants, layout.tied, digests)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors that coefficients act on, in the order of the base."""
+        return self._weights.names
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """Complete state dict of the base, in its own dtypes; treat it as read-only."""
+        return self._assemble(self._weights.base(), self._statistics.base())
+
+    @property
+    def deltas(self) -> Mapping[str, Tensor]:
+        """Task vectors by name, ``(T, *shape)`` each: views of the bank, treat them as read-only."""
+        return self._weights.views()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of coefficients and of their arithmetic: float32, or float64 if the base is in float64."""
+        return self._weights.compute_dtype
+
+    def groups(self, granularity: Granularity) -> tuple[tuple[str, ...], Tensor]:
+        """Say which coefficient acts on which tensor.
+
+        Args:
+            granularity: ``task``: one for the whole network; ``block``: one per numbered block, and one per module
+                outside the blocks; ``tensor`` (alias ``layer``, the word of the AdaMerging paper): one per tensor.
+
+        Returns:
+            Names of the G groups, and the group of each tensor, ``(L,)``.
+
+        Raises:
+            MergeError: Unknown granularity.
+
+        >>> state = {"h.0.w": torch.zeros(1), "h.0.b": torch.zeros(1), "h.1.w": torch.zeros(1)}
+        >>> TaskVectors.from_state_dicts(state, {"a": state}).groups("block")
+        (('h.0', 'h.1'), tensor([0, 0, 1]))
+        """
+        if granularity == "task":
+            keys = ["all"] * len(self.names)
+        elif granularity == "block":
+            keys = [_block(name) for name in self.names]
+        elif granularity in ("tensor", "layer"):
+            keys = list(self.names)
+        else:
+            raise MergeError(f"granularity: expected task, block, tensor or layer, found {granularity!r}")
+        order = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return tuple(order), torch.tensor([order[key] for key in keys], dtype=torch.long)
+
+    def contract(self, coefficients: float | Tensor) -> dict[str, Tensor]:
+        """Return θ_l = θ0_l + Σ_t λ_{t,l} τ_{t,l}, differentiable with respect to the coefficients.
+
+        Both directions read the bank once: forward the sum, backward dL/dλ_{t,l} = ⟨dL/dθ_l, τ_{t,l}⟩. No graph over
+        the bank is kept.
+
+        Args:
+            coefficients: A number, one per task ``(T,)``, or one per task and tensor ``(T, L)``.
+
+        Returns:
+            Merged parameters by name, in the dtypes of the base.
+
+        Raises:
+            MergeError: The shape of the coefficients is none of these.
+
+        >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+        >>> bank.contract(0.25)["w"]
+        tensor([0.2500, 0.2500])
+        """
+        tasks, tensors = len(self.tasks), len(self.names)
+        values = torch.as_tensor(coefficients, dtype=self.compute_dtype, device=self._weights.device)
+        if values.ndim == 0:
+            values = values.expand(tasks, tensors)
+        elif values.shape == (tasks,):
+            values = values.unsqueeze(1).expand(tasks, tensors)
+        if values.shape != (tasks, tensors):
+            raise MergeError(
+                f"coefficients: expected a number, ({tasks},) or ({tasks}, {tensors}), found {tuple(values.shape)}"
+            )
+        return self._weights.contract(values)
+
+    def offset(self, delta: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+        """Return θ0 + scale · delta for one merged task vector.
+
+        Args:
+            delta: Merged task vector by name, ``(*shape)`` each, as the merges in :mod:`lit_merge.functional` return.
+            scale: Its factor.
+
+        Returns:
+            Merged parameters by name, in the dtypes of the base.
+        """
+        return {
+            name: (value + scale * delta[name].to(self.compute_dtype)).to(value.dtype)
+            for name, value in self._weights.base().items()
+        }
+
+    def expert(self, task: str) -> dict[str, Tensor]:
+        """Return the complete state dict of one expert: θ0 + τ_t, with the expert's own buffers.
+
+        After :meth:`map` this is what the transform left of the expert.
+
+        Raises:
+            MergeError: Unknown task.
+        """
+        if task not in self.tasks:
+            raise MergeError(f"unknown task {task!r}; the bank has {', '.join(self.tasks)}")
+        row = self.tasks.index(task)
+        return self._assemble(self._weights.row(row), self._statistics.row(row))
+
+    def complete(self, parameters: Mapping[str, Tensor], buffers: BufferPolicy = "average") -> dict[str, Tensor]:
+        """Add to merged parameters what a network needs besides: buffers, integer tensors and tied names.
+
+        Args:
+            parameters: Merged parameters by name.
+            buffers: ``average``: mean of the experts' running statistics; ``base``: those of the base.
+
+        Returns:
+            State dict with the keys of the base.
+        """
+        statistics = self._statistics.mean() if buffers == "average" else self._statistics.base()
+        return self._assemble(parameters, statistics)
+
+    def map(self, transform: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Self:
+        """Return a bank with transformed task vectors; base, buffers and digests stay.
+
+        Args:
+            transform: Maps ``{name: (T, *shape)}`` to the same names and shapes.
+
+        Returns:
+            A new bank that shares the base with this one.
+
+        Raises:
+            MergeError: The transform changed a name or a shape, or made a value that is not finite.
+        """
+        constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
+        stack = self._weights.replaced(transform(self.deltas))
+        return type(self)(self.tasks, stack, self._statistics, constants, self._tied, self.digests)
+
+    def _assemble(self, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
+        state = {**parameters, **statistics, **constants}
+        return state | {alias: state[name] for alias, name in self._tied.items()}
+
+
+def _fill(digest: StateDigest, state: Mapping[str, Tensor], put: Callable[[str, Tensor], None]) -> str:
+    """Read each tensor once, in an order that does not depend on the mapping's."""
+    for name in sorted(state):
+        value = state[name]
+        put(name, value)
+        digest.update(name, value)
+    return digest.hexdigest()
+
+
+def _block(name: str) -> str:
+    """``transformer.resblocks.3.mlp.weight`` → ``transformer.resblocks.3``; ``conv1.weight`` → ``conv1``."""
+    parts = name.split(".")
+    for number, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: number + 1])
+    return ".".join(parts[:-1]) or name

@@ -1,0 +1,57 @@
+"""Outputs of the experts, computed once per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lit_merge.data.batches import UnlabelledBatch
+
+__all__ = ("TeacherCache",)
+
+Outputs = tuple[Tensor, Tensor]
+
+
+class TeacherCache:
+    """Keeps an expert's features and logits per image while a memory budget lasts.
+
+    Adaptation images are never augmented, so an image always has the same outputs.
+
+    Args:
+        budget: Bytes that may be used over all tasks; a task that does not fit is computed anew each time.
+    """
+
+    def __init__(self, budget: int = 2**30) -> None:
+        self.budget = budget
+        self._kept: dict[str, tuple[Tensor, Tensor, Tensor] | None] = {}
+
+    def outputs(self, task: str, batch: UnlabelledBatch, size: int, compute: Callable[[Tensor], Outputs]) -> Outputs:
+        """Return features ``(B, D)`` and logits ``(B, C)`` of the expert.
+
+        Args:
+            task: Name of the task.
+            batch: Its images and their positions.
+            size: Number of positions of the task.
+            compute: Maps images to features and logits.
+        """
+        kept = self._kept.get(task)
+        if kept is not None and bool(kept[0][batch.index].all()):
+            return kept[1][batch.index], kept[2][batch.index]
+        features, logits = compute(batch.images)
+        if task not in self._kept:
+            self._kept[task] = kept = self._reserve(size, features, logits)
+        if kept is not None:
+            known, all_features, all_logits = kept
+            all_features[batch.index], all_logits[batch.index] = features, logits
+            known[batch.index] = True
+        return features, logits
+
+    def _reserve(self, size: int, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        needed = size * sum(x[0].numel() * x.element_size() for x in (features, logits))
+        if needed > self.budget:
+            return None
+        self.budget -= needed
+        known = torch.zeros(size, dtype=torch.bool, device=features.device)
+        return known, features.new_empty(size, *features.shape[1:]), logits.new_empty(size, *logits.shape[1:])

@@ -1,0 +1,132 @@
+"""MergeTrainer: Lightning's Trainer with merge and export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lit_merge.callbacks._sinks import run_dir
+from lit_merge.checkpoints.export import write_merged
+from lit_merge.errors import MergeError
+from lit_merge.module import MergeModule
+from lit_merge.provenance import provenance
+
+__all__ = ("MergeTrainer",)
+
+
+class MergeTrainer(L.Trainer):
+    """A Trainer that also merges without training, and exports.
+
+    Args:
+        *args: See ``lightning.Trainer``.
+        **kwargs: See ``lightning.Trainer``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(*args, **kwargs)
+
+    def fit(  # type: ignore[override]
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,  # noqa: ANN401
+        val_dataloaders: Any = None,  # noqa: ANN401
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Adapt a merge at test time; a method that learns nothing says so and is left as it is.
+
+        Args:
+            model: The merge.
+            train_dataloaders: Unlabelled batches, if there is no data module.
+            val_dataloaders: Labelled batches, if there is no data module.
+            datamodule: A :class:`~lit_merge.TaskDataModule`, or one of your own.
+            ckpt_path: Checkpoint to resume from; ``last``: that of this run's folder, or a fresh start if there is
+                none.
+            weights_only: See ``lightning.Trainer.fit``.
+        """
+        if isinstance(model, MergeModule) and not model.learnable:
+            rank_zero_info(f"{type(model).__name__} has nothing to learn: there is no fit, only evaluation")
+            return
+        if ckpt_path == "last":
+            last = run_dir(self) / "last.ckpt"
+            ckpt_path = last if last.is_file() else None
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def merge(
+        self,
+        model: MergeModule,
+        datamodule: L.LightningDataModule | None = None,
+        output: str | Path | None = None,
+    ) -> Path:
+        """Merge with a data-free method, evaluate the result and export it.
+
+        Args:
+            model: The merge.
+            datamodule: Where to evaluate; without one there is no evaluation.
+            output: Folder to export into; by default the folder ``export`` of the run.
+
+        Returns:
+            Path of the merged weights.
+
+        Raises:
+            MergeError: The method learns; it has to be fitted.
+        """
+        if model.learnable:
+            raise MergeError(f"{type(model).__name__} learns its merge; use `fit`, which exports it, or `export`")
+        if datamodule is not None:
+            self.test(model, datamodule=datamodule, verbose=False)
+        return self.export(model, datamodule, output=output)
+
+    def export(
+        self,
+        model: MergeModule,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        output: str | Path | None = None,
+    ) -> Path:
+        """Write the merged network as safetensors that load without lit-merge, and ``merge.json``.
+
+        Args:
+            model: The merge.
+            datamodule: Unlabelled images, for ``buffers: recalibrate``.
+            ckpt_path: Checkpoint of a learned merge.
+            output: Folder; by default the folder ``export`` of the run.
+
+        Returns:
+            Path of the merged weights.
+
+        Raises:
+            MergeError: The method learns and there is no checkpoint.
+        """
+        model.configure_model()
+        if ckpt_path is not None:
+            _load(model, Path(ckpt_path))
+        elif model.learnable and self.global_step == 0:
+            raise MergeError(f"{type(model).__name__} has not learned anything yet; give --ckpt_path of its fit")
+        if model.buffer_policy == "recalibrate":
+            _recalibrate(model, datamodule)
+        folder = run_dir(self) / "export" if output is None else Path(output)
+        path = write_merged(folder, model.merged_state(), provenance(self, model))
+        rank_zero_info(f"merged network: {path}")
+        return path
+
+
+def _load(model: MergeModule, path: Path) -> None:
+    if not path.is_file():
+        raise MergeError(f"{path}: no such checkpoint")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+
+
+def _recalibrate(model: MergeModule, datamodule: Any) -> None:  # noqa: ANN401
+    if datamodule is None:
+        raise MergeError("model.buffers: recalibrate needs data to draw unlabelled images from; give --data")
+    datamodule.prepare_data()
+    datamodule.setup("test")
+    model.recalibrate(datamodule.adaptation_batches())

@@ -1,0 +1,35 @@
+"""TIES as a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lit_merge import functional
+from lit_merge.transforms.base import Transform
+
+__all__ = ("Ties",)
+
+
+class Ties(Transform):
+    """Trim each task vector globally and zero the entries that lose the sign election.
+
+    Before :class:`~lit_merge.AdaMerging` this is AdaMerging++ (arXiv 2310.02575, section 3.2). All tensors are
+    treated alike; running statistics and integer tensors are not task vectors and stay out.
+
+    Args:
+        density: Share of entries that stay in trimming, in (0, 1].
+
+    Source: Yadav et al., TIES-Merging, arXiv 2306.01708; see :func:`lit_merge.functional.ties`.
+
+    >>> Ties(0.1)
+    Ties(density=0.1)
+    """
+
+    def __init__(self, density: float = 0.2) -> None:
+        self.density = density
+
+    def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return sparse task vectors, ``(T, *shape)`` each."""
+        return functional.ties(deltas, self.density)
