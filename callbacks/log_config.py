@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
@@ -14,24 +15,34 @@ from lit_merge.checkpoints.atomic import atomic_path
 
 __all__ = ("LogConfig",)
 
+_SHARED = ("seed_everything", "trainer", "suite", "model", "data")
+
 
 class LogConfig(SaveConfigCallback):
     """Write ``config.yaml`` into the run's folder and send it to W&B; the command line installs it.
 
     Unlike Lightning's own callback it takes two W&B runs in one folder, a resumed run, and a run without a logger.
 
+    A later evaluation of a checkpoint in the folder of its fit leaves the config of the fit as it is.
+
     Args:
         *args: See ``SaveConfigCallback``.
+        asked: The config before ``--ckpt_path last`` was resolved, which can be given to another run.
         **kwargs: See ``SaveConfigCallback``.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *args: Any, asked: Namespace | None = None, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+        self._asked = self.config if asked is None else asked
         self._folder = Path()
 
     def text(self) -> str:
-        """Return the config as YAML."""
-        return str(self.parser.dump(self.config, skip_none=False))
+        """Return the config as YAML; what only one subcommand knows is left out unless it was given."""
+        config = self._asked.clone()
+        for key in [key for key in vars(config) if key not in _SHARED]:
+            if config[key] == self.parser.get_default(key):
+                del config[key]
+        return str(self.parser.dump(config, skip_none=False))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save once per process, on all stages' first."""
@@ -44,8 +55,10 @@ class LogConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write the file, and tell W&B; called on rank zero."""
-        with atomic_path(self._folder / "config.yaml") as temporary:
-            temporary.write_text(self.text())
+        checkpoint = self.config.get("ckpt_path")
+        if stage == "fit" or checkpoint is None or Path(checkpoint).parent != self._folder:
+            with atomic_path(self._folder / "config.yaml") as temporary:
+                temporary.write_text(self.text())
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams({"config": self.config.as_dict()})

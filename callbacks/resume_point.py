@@ -51,4 +51,4 @@ class ResumePoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         if self.path is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # said, or Lightning remarks on it every time

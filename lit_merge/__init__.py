@@ -38,7 +38,33 @@ _HOMES = {
 }
 _MODULES = ("callbacks", "configs", "functional", "transforms")
 
-__all__ = sorted([*_HOMES, *_MODULES, "__version__"])  # noqa: PLE0605 - generated, so that it cannot drift
+__all__ = (
+    "AdaMerging",
+    "Dare",
+    "Diversity",
+    "Entropy",
+    "ExpertAlignment",
+    "MergeError",
+    "MergeModule",
+    "MergeTrainer",
+    "MiniSuite",
+    "NetworkSuite",
+    "Objective",
+    "SimpleAverage",
+    "Suite",
+    "TaskArithmetic",
+    "TaskDataModule",
+    "TaskVectors",
+    "Ties",
+    "Transform",
+    "WeightedSum",
+    "__version__",
+    "callbacks",
+    "configs",
+    "functional",
+    "main",
+    "transforms",
+)
 
 if TYPE_CHECKING:
     from lit_merge import callbacks, configs, functional, transforms
@@ -63,4 +89,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - PEP 562
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return list(__all__)

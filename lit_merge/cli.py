@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -14,12 +13,16 @@ from typing import Any, NoReturn
 import lightning as L
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_merge import __version__, configs
 from lit_merge.callbacks import LogConfig
 from lit_merge.data import TaskDataModule
+from lit_merge.errors import MergeError, MissingExtraError
 from lit_merge.hints import hint
 from lit_merge.module import MergeModule
+from lit_merge.predictions import write_predictions
+from lit_merge.quiet import quiet
 from lit_merge.resume import continue_last_run
 from lit_merge.suites import Suite
 from lit_merge.trainer import MergeTrainer
@@ -27,7 +30,7 @@ from lit_merge.trainer import MergeTrainer
 __all__ = ("MergeCLI", "main")
 
 # what a config may name by its bare class name
-_REGISTRY = ("methods", "objectives", "transforms", "suites", "data", "callbacks")
+_REGISTRY = ("methods", "objectives", "transforms", "suites", "data", "callbacks", "loggers")
 
 
 class BundledConfigFile(ActionConfigFile):
@@ -72,7 +75,7 @@ class MergeCLI(LightningCLI):
         known = {"model", "datamodule"}
         loaders = {"train_dataloaders", "val_dataloaders", "dataloaders"}
         return {
-            **{name: known | loaders for name in ("fit", "validate", "test", "predict")},
+            **dict.fromkeys(("fit", "validate", "test", "predict"), known | loaders),
             "merge": known,
             "export": known,
         }
@@ -104,9 +107,15 @@ class MergeCLI(LightningCLI):
         """Leave the config alone: it, not the checkpoint, is the one source of hyper-parameters."""
 
     def before_instantiate_classes(self) -> None:
-        """Find the run that ``--ckpt_path last`` means."""
-        if self.subcommand and self.config[self.subcommand].get("ckpt_path") == "last":
-            continue_last_run(self.config[self.subcommand], fresh=self.subcommand == "fit")
+        """Note the config as it was asked for, then find the run that ``--ckpt_path last`` means."""
+        if self.subcommand is None:
+            return
+        config = self.config[self.subcommand]
+        self.save_config_kwargs = {**self.save_config_kwargs, "asked": config.clone()}
+        if config.get("ckpt_path") == "last":
+            continue_last_run(config, fresh=self.subcommand == "fit")
+        if "weights_only" in config and config["weights_only"] is None:
+            config["weights_only"] = True  # Lightning would run code from a checkpoint at a URL
 
     def after_fit(self) -> None:
         """Evaluate what was learned, beside base and experts."""
@@ -115,11 +124,24 @@ class MergeCLI(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Run ``Trainer.validate`` without its own table: the report has one."""
+        self._say_if_unlearned(kwargs)
         self.trainer.validate(**{**kwargs, "verbose": False})
 
     def test(self, **kwargs: Any) -> None:  # noqa: ANN401
         """Run ``Trainer.test`` without its own table: the report has one."""
+        self._say_if_unlearned(kwargs)
         self.trainer.test(**{**kwargs, "verbose": False})
+
+    def predict(self, **kwargs: Any) -> None:  # noqa: ANN401
+        """Run ``Trainer.predict`` and write ``predictions.csv`` into the run's folder."""
+        self._say_if_unlearned(kwargs)
+        outputs = self.trainer.predict(**{**kwargs, "return_predictions": True})
+        rank_zero_info(f"predictions: {write_predictions(self.trainer, outputs)}")
+
+    def _say_if_unlearned(self, kwargs: dict[str, Any]) -> None:
+        if isinstance(self.model, MergeModule) and self.model.learnable and kwargs.get("ckpt_path") is None:
+            name = type(self.model).__name__
+            rank_zero_warn(f"{name} learns its merge, and these are its starting values; give --ckpt_path of its fit")
 
 
 def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI:
@@ -144,16 +166,26 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
         os.environ["LIT_MERGE_DEBUG"] = "1"
     _register()
     try:
-        with warnings.catch_warnings():
-            _quiet()
+        with quiet():
             return _cli(None if args is None else given, run)
-    except Exception as error:
+    except Exception as raised:
         if debug or os.environ.get("LIT_MERGE_DEBUG"):
             raise
+        error = _cause(raised)
         message = str(error).strip() or type(error).__name__
         kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
         sys.stderr.write(f"error: {kind}{message}\n       (--debug shows the traceback)\n")
         raise SystemExit(1) from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the clear error inside of one of the parser, which would add pages of types and values."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, MergeError | MissingExtraError):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    return error
 
 
 def _cli(args: list[str] | None, run: bool) -> MergeCLI:
@@ -175,14 +207,9 @@ def _cli(args: list[str] | None, run: bool) -> MergeCLI:
 
 def _register() -> None:
     """Import what configs may name; other packages join through the entry point group ``lit_merge.plugins``."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # methods of one's own; last, so that nothing is shadowed
     for module in _REGISTRY:
         import_module(f"lit_merge.{module}")
     for plugin in entry_points(group="lit_merge.plugins"):
         plugin.load()
-
-
-def _quiet() -> None:
-    """Hide advice that does not apply: image sets are small, and several loaders per run are normal."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*LightningCLI's args parameter.*")

@@ -48,7 +48,7 @@ class EvaluationSteps(L.LightningModule):
     def outputs(self, state: Mapping[str, Tensor], task: str, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of a complete state dict."""
 
-    def prepare_evaluation(self) -> None:  # noqa: B027 - optional hook
+    def prepare_evaluation(self) -> None:
         """Do what has to be done once before the merge is scored outside of a fit."""
 
     @property

@@ -6,11 +6,11 @@ import copy
 import math
 from collections.abc import Mapping
 
-import lightning as L  # noqa: N812 - Lightning's own short name
+import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - PyTorch's own short name
+from torch.nn import functional as F
 
 from lit_merge.errors import MergeError
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lit_merge.module import MergeModule
 from lit_merge.objectives import Objective
@@ -18,25 +20,45 @@ from lit_merge.transforms import Transform
 
 __all__ = ("hint",)
 
-_FAMILIES = (MergeModule, Objective, Transform, Suite, Callback, Logger, L.LightningDataModule)
+_FAMILIES = (MergeModule, Objective, Transform, Suite, Callback, Logger, L.LightningDataModule, Optimizer, LRScheduler)
+_TOP = {"trainer", "model", "suite", "data", "config", "seed_everything", "ckpt_path", "init_args", "class_path"}
 _CLASS = re.compile(r"(?:import path string|Not a valid subclass name|class_path)[^:\n]*:\s*['\"]?([\w.]+)")
 _OPTION = re.compile(r"(?:Option|option|arguments?:) '?(?:--)?([\w.]+?)'?(?: is not accepted|$|=|\s)")
+_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+_LITERAL = re.compile(r"Literal\[(.*)\]\. Got value: (\w+)")
 
 
 def hint(message: str) -> str:
-    """Return a suggestion for an error message of the parser, or nothing.
+    """Return a suggestion for an error message of the parser, or nothing if there is none or the message has one.
 
     >>> hint("Expected a dot import path string: AdaMergin")
-    "\\n  did you mean AdaMerging?"
+    '\\n  did you mean AdaMerging?'
     >>> hint("Option 'granularty' is not accepted")
-    "\\n  did you mean granularity?"
+    '\\n  did you mean granularity?'
+    >>> hint("argument subcommand: invalid choice: 'tets' (choose from 'fit', 'test')")
+    '\\n  did you mean test?'
     """
-    for pattern, candidates in ((_CLASS, class_names()), (_OPTION, argument_names())):
-        for wrong in pattern.findall(message):
-            name = wrong.rpartition(".")[2]
-            if name not in candidates and (close := get_close_matches(name, candidates, n=1, cutoff=0.75)):
-                return f"\n  did you mean {close[0]}?"
+    if "did you mean" in message:
+        return ""
+    if "required: " in message and message.endswith(".model"):
+        return "\n  give a config that names one, such as --config adamerging.yaml, or --model AdaMerging"
+    for wrong, candidates in _mistakes(message):
+        if wrong not in candidates and (close := get_close_matches(wrong, candidates, n=1, cutoff=0.65)):
+            return f"\n  did you mean {close[0]}?"
     return ""
+
+
+def _mistakes(message: str) -> Iterator[tuple[str, Collection[str]]]:
+    """Names that may be wrong, each with those that would be right."""
+    for path in _CLASS.findall(message):
+        yield path.rpartition(".")[2], class_names()
+    for path in _OPTION.findall(message):
+        for part in path.split("."):
+            yield part, argument_names()
+    for wrong, choices in _CHOICE.findall(message):
+        yield wrong, re.findall(r"\w+", choices)
+    for choices, wrong in _LITERAL.findall(message):
+        yield wrong, re.findall(r"\w+", choices)
 
 
 def class_names() -> list[str]:
@@ -47,7 +69,7 @@ def class_names() -> list[str]:
 def argument_names() -> list[str]:
     """Names of the arguments of all these classes and of the Trainer, sorted."""
     classes: Iterable[type] = (L.Trainer, *(kind for family in _FAMILIES for kind in (family, *_subclasses(family))))
-    names = {"trainer", "model", "suite", "data", "config", "seed_everything", "ckpt_path", "init_args", "class_path"}
+    names = set(_TOP)
     for kind in classes:
         names.update(inspect.signature(kind.__init__).parameters)  # type: ignore[misc]
     return sorted(names - {"self", "args", "kwargs"})

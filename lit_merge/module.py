@@ -87,14 +87,14 @@ class MergeModule(EvaluationSteps, ABC):
 
     # What a method says ------------------------------------------------------------------------------------------
 
-    def make_parameters(self, bank: TaskVectors) -> None:  # noqa: B027 - optional hook
+    def make_parameters(self, bank: TaskVectors) -> None:
         """Make what is learned, as ``nn.Parameter`` attributes; a method that learns nothing leaves this out."""
 
     @abstractmethod
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the merged parameters by name, differentiable with respect to what is learned."""
 
-    def project(self) -> None:  # noqa: B027 - optional hook
+    def project(self) -> None:
         """Bring the parameters back to where they may be; called after each step, without gradients."""
 
     def coefficient_table(self) -> Tensor | None:
@@ -164,7 +164,7 @@ class MergeModule(EvaluationSteps, ABC):
             MergeError: They do not.
         """
         own = torch.tensor(list(bytes.fromhex("".join(self.bank.digests.values()))), device=self.device)
-        everyone = self.all_gather(own).reshape(-1, len(own))
+        everyone = torch.as_tensor(self.all_gather(own)).reshape(-1, len(own))
         if not bool((everyone == own).all()):
             raise MergeError("suite: base or experts differ between ranks; all ranks must read the same files")
 
@@ -184,7 +184,8 @@ class MergeModule(EvaluationSteps, ABC):
         loss = leaf_loss(merged, weights, self._chunk_losses(self.complete(weights), batch, outputs, losses), scale)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
-        return {"loss": loss, "logits": outputs, "index": {task: part.index for task, part in batch.items()}}
+        index = {task: batch[task].index[: len(logits)] for task, logits in outputs.items()}
+        return {"loss": loss, "logits": outputs, "index": index}
 
     def _chunk_losses(
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
@@ -195,19 +196,21 @@ class MergeModule(EvaluationSteps, ABC):
             total: list[Tensor] = []
             for task, part in zip(chunk, features.split([len(batch[task].images) for task in chunk]), strict=True):
                 logits = self.head(task)(part)
-                total.append(self.objective(self._task_output(task, batch[task], logits, part)))
-                outputs[task], losses[task] = logits.detach(), total[-1].detach()
+                loss = self.objective(self._task_output(task, batch[task], logits, part))
+                total.append(loss * batch[task].share)
+                losses[task] = loss.detach()
+                outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
             yield torch.stack(total).sum()
 
     def _task_output(self, task: str, batch: UnlabelledBatch, logits: Tensor, features: Tensor) -> TaskOutput:
         if not self.objective.uses_expert:
-            return TaskOutput(logits, features)
+            return TaskOutput(logits, features, share=batch.share)
         size = len(self.suite.dataset(task, "test"))
         with torch.no_grad():
             expert_features, expert_logits = self.teachers.outputs(
                 task, batch, size, lambda images: self.outputs(self.expert_state(task), task, images)
             )
-        return TaskOutput(logits, features, expert_logits, expert_features)
+        return TaskOutput(logits, features, expert_logits, expert_features, batch.share)
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)

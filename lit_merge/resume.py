@@ -11,7 +11,7 @@ __all__ = ("continue_last_run", "newest_run")
 
 # per logger: where its runs lie below save_dir, and its default
 _NAMES = {"CSVLogger": ("name", "lightning_logs"), "TensorBoardLogger": ("name", "lightning_logs"),
-          "WandbLogger": ("project", "lightning_logs")}  # fmt: skip
+          "WandbLogger": ("project", "lightning_logs"), "RunLogger": ("name", "lit-merge")}  # fmt: skip
 
 
 def newest_run(root: Path) -> Path | None:

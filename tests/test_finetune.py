@@ -9,12 +9,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
-from lit_merge.encoders.heads import CosineHead
-from lit_merge.errors import MergeError
-from lit_merge.finetune import FineTuneModule, warmup_cosine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+from lit_merge.encoders.heads import CosineHead
+from lit_merge.errors import MergeError
+from lit_merge.finetune import FineTuneModule, warmup_cosine
 
 
 def network() -> nn.Module:
@@ -34,7 +35,7 @@ def batch(size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
     return {"a": (images, labels), "b.c": (torch.randn(size, 3, 2, 2), torch.arange(size) % 3)}
 
 
-def trainer(**kwargs: Any) -> L.Trainer:  # noqa: ANN401 - the Trainer's own arguments
+def trainer(**kwargs: Any) -> L.Trainer:
     """Return a silent Trainer."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **kwargs)
@@ -111,7 +112,7 @@ def test_optimizer_and_schedule_follow_the_recipe() -> None:
     class Watch(L.Callback):
         """Note the learning rate of each step."""
 
-        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:  # noqa: ANN401
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
             """Note it."""
             rates.append(optimizer.param_groups[0]["lr"])
 

@@ -44,7 +44,8 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.conv1(x)).relu()
-        return self.out(self.blocks(x).relu().mean((-1, -2)))
+        features: Tensor = self.out(self.blocks(x).relu().mean((-1, -2)))
+        return features
 
 
 class TiedNet(nn.Module):
@@ -62,7 +63,8 @@ class TiedNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Tensor = self.first(self.stem(x.flatten(1))).tanh()
-        return self.second(hidden[:, self.index])
+        features: Tensor = self.second(hidden[:, self.index])
+        return features
 
 
 def network(kind: Kind = "cnn", seed: int = 0) -> nn.Module:
@@ -70,7 +72,10 @@ def network(kind: Kind = "cnn", seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == "vit":
-            return small_vit(image_size=SIZE, patch_size=4, width=16, layers=2, heads=2, mlp_ratio=2.0, output_dim=8)
+            vit: nn.Module = small_vit(
+                image_size=SIZE, patch_size=4, width=16, layers=2, heads=2, mlp_ratio=2.0, output_dim=8
+            )
+            return vit
         if kind == "mlp":
             return nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 6), nn.Tanh(), nn.Linear(6, 4))
         return ConvNet() if kind == "cnn" else TiedNet()

@@ -22,7 +22,7 @@ class StateDigest:
         self._hash.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
         flat = value.detach().cpu().contiguous().flatten()
         if flat.numel():
-            self._hash.update(memoryview(flat.view(torch.uint8).numpy()))
+            self._hash.update(flat.view(torch.uint8).numpy().data)
 
     def hexdigest(self) -> str:
         """Return the digest so far."""

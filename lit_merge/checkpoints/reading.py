@@ -35,7 +35,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
         try:
             return safe_open(self.path, framework="pt")
         except (SafetensorError, OSError) as error:
-            raise MergeError(f"{self.path}: not a complete safetensors file ({error}); fetch or save it again") from error
+            raise MergeError(
+                f"{self.path}: not a complete safetensors file ({error}); fetch or save it again"
+            ) from error
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._keys:

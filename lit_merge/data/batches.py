@@ -15,10 +15,13 @@ class UnlabelledBatch(NamedTuple):
     Attributes:
         images: ``(B, C, H, W)``.
         index: ``(B,)``, position of each image in the task's test set: the same image always has the same number.
+        share: Weight of this batch in the mean over ranks: its images × ranks / the images of all ranks. It is 1 where
+            all ranks have as many, and 0 for a borrowed image, which is there only so that every rank has every task.
     """
 
     images: Tensor
     index: Tensor
+    share: float = 1.0
 
 
 class LabelledBatch(NamedTuple):

@@ -86,8 +86,14 @@ class TaskDataModule(L.LightningDataModule):
         """Decide which images are adapted on and which are scored.
 
         Raises:
-            MergeError: A dataset is empty or too small to be split.
+            MergeError: A dataset is empty or too small to be split, or ``online`` is to be fitted for another number of
+                epochs than 1.
         """
+        epochs = None if self.trainer is None else self.trainer.max_epochs
+        if stage == "fit" and self.protocol == "online" and epochs not in (None, 1):
+            raise MergeError(
+                f"trainer.max_epochs: protocol online shows every image once, so it must be 1, found {epochs}"
+            )
         if self._data:
             return
         for task in self.suite.tasks:
@@ -109,6 +115,32 @@ class TaskDataModule(L.LightningDataModule):
             raise MergeError(f"{self.suite.name}: task {task!r}: {size} test images cannot be split at {cut}")
         return sorted(order[:cut]), sorted(order[cut:])
 
+    def state_dict(self) -> dict[str, Any]:
+        """What decides on the images of each step."""
+        return {
+            "protocol": self.protocol,
+            "seed": self.seed,
+            "adapt_fraction": self.adapt_fraction if self.protocol == "split" else None,
+            "images per task and step": self.batch_size * self._place()[1],
+            "steps_per_epoch": self._steps(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare with the run of a checkpoint.
+
+        Raises:
+            MergeError: A resumed fit would see other images, or images would be scored that were adapted on.
+        """
+        fit = self.trainer is not None and self.trainer.state.fn == "fit"
+        split = ("protocol", "seed", "adapt_fraction") if self.protocol == "split" else ("protocol",)
+        current = self.state_dict()
+        for key in current if fit else split:
+            if state_dict[key] != current[key]:
+                raise MergeError(
+                    f"checkpoint: its data had {key} {state_dict[key]}, this run has {current[key]}; "
+                    "give the --data and --seed_everything of the checkpoint, or start without --ckpt_path"
+                )
+
     def positions(self, part: Literal["adapt", "score"]) -> dict[str, list[int]]:
         """Positions of the images per task that are adapted on, or scored."""
         return {task: parts[part == "score"] for task, parts in self._parts.items()}
@@ -122,21 +154,23 @@ class TaskDataModule(L.LightningDataModule):
         """Unlabelled batches: ``{task: UnlabelledBatch}``, every task in every batch."""
         positions = self.positions("adapt")
         rank, world = self._place()
-        longest = max(len(p) for p in positions.values())
-        steps = self.steps_per_epoch or -(-longest // (self.batch_size * world))
         sampler = StreamSampler(
-            positions, self.batch_size, steps,
+            positions, self.batch_size, self._steps(),
             seed=self.seed, rank=rank, world=world, once=self.protocol == "online",
         )  # fmt: skip
         if self.trainer is not None:
             sampler.set_epoch(self.trainer.current_epoch)  # workers start before Lightning says it (issue 21938)
         return ResumableLoader(TaskMixture(self._data), sampler, **self._worker_options())
 
+    def _steps(self) -> int:
+        longest = max(len(positions) for positions in self.positions("adapt").values())
+        return self.steps_per_epoch or -(-longest // (self.batch_size * self._place()[1]))
+
     def adaptation_batches(self, count: int = 50) -> Iterator[dict[str, UnlabelledBatch]]:
         """Yield the first unlabelled batches of a one-process run, the same on all ranks."""
-        sampler = StreamSampler(self.positions("adapt"), self.batch_size, count, seed=self.seed)
+        sampler = StreamSampler(self.positions("adapt"), self.batch_size * self._place()[1], count, seed=self.seed)
         mixture = TaskMixture(self._data)
-        return (mixture[positions] for positions in sampler)
+        return (mixture[draws] for draws in sampler)
 
     def val_dataloader(self) -> dict[str, DataLoader[Any]]:
         """Labelled batches of every task, one loader a task."""

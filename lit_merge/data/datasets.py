@@ -48,7 +48,7 @@ class Indexed(Dataset[tuple[Tensor, int, int]]):
 class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
     """Unlabelled images of all tasks; one item is one batch of every task.
 
-    An item is asked for by a list of positions per task, as :class:`~lit_merge.data.StreamSampler` yields them.
+    An item is asked for by positions and share per task, as :class:`~lit_merge.data.StreamSampler` yields them.
     Labels are dropped here, before anything that learns can see them.
 
     Args:
@@ -61,12 +61,12 @@ class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
     def __len__(self) -> int:
         return sum(len(data) for data in self.data.values())
 
-    def __getitem__(self, positions: Mapping[str, Sequence[int]]) -> dict[str, UnlabelledBatch]:
-        return {task: self._batch(task, chosen) for task, chosen in positions.items()}
+    def __getitem__(self, draws: Mapping[str, tuple[Sequence[int], float]]) -> dict[str, UnlabelledBatch]:
+        return {task: self._batch(task, *draw) for task, draw in draws.items()}
 
-    def _batch(self, task: str, positions: Sequence[int]) -> UnlabelledBatch:
+    def _batch(self, task: str, positions: Sequence[int], share: float) -> UnlabelledBatch:
         images = [_tensor(self.data[task][position][0], task, position) for position in positions]
-        return UnlabelledBatch(torch.stack(images), torch.tensor(positions, dtype=torch.long))
+        return UnlabelledBatch(torch.stack(images), torch.tensor(positions, dtype=torch.long), share)
 
 
 def _tensor(image: object, where: str, position: int) -> Tensor:

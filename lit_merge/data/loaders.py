@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lit_merge.errors import MergeError
-
 __all__ = ("EvaluationSampler", "ResumableLoader", "StreamSampler")
 
-_Positions = dict[str, list[int]]
+# positions of the images, and the weight of this rank's mean (see UnlabelledBatch.share)
+Draw = tuple[list[int], float]
 
 
 # A DistributedSampler in name, so that Lightning keeps it as it is and calls ``set_epoch``.
@@ -23,6 +22,10 @@ class StreamSampler(DistributedSampler[Any]):
     Each task's stream is one permutation of its images after the other, the k-th drawn from (seed, task, k). Global
     step s takes the next ``batch_size * world`` images of every stream; a run with W ranks therefore sees in each step
     the images of a one-rank run with W times the batch size.
+
+    Where a step's images cannot be dealt evenly (at the end of a stream that is shown once), each rank gets the share
+    that makes the mean over ranks the mean over images. A rank without an image borrows one with share 0, so that all
+    ranks have the same tasks in every step.
 
     Args:
         positions: Positions of the images per task.
@@ -67,22 +70,23 @@ class StreamSampler(DistributedSampler[Any]):
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[_Positions]:
+    def __iter__(self) -> Iterator[dict[str, Draw]]:
         start, self.start = self.start, 0
         for step in range(start, self.steps):
             yield self.step(self.epoch * self.steps + step)
 
-    def step(self, number: int) -> _Positions:
-        """Positions per task in global step ``number``, on this rank; tasks that are used up are left out."""
+    def step(self, number: int) -> dict[str, Draw]:
+        """Positions and share per task in global step ``number``, on this rank; used up tasks are left out."""
         size = self.batch_size * self.world
         drawn = {}
         for task, positions in self.positions.items():
             span = range(number * size, (number + 1) * size)
             if self.once:
                 span = range(min(span.start, len(positions)), min(span.stop, len(positions)))
-            mine = [self._draw(task, place) for place in span[self.rank :: self.world]]
-            if mine:
-                drawn[task] = mine
+            if span:
+                own = span[self.rank :: self.world]
+                share = len(own) * self.world / len(span)
+                drawn[task] = [self._draw(task, place) for place in own or span[:1]], share
         return drawn
 
     def _draw(self, task: str, place: int) -> int:
@@ -141,20 +145,11 @@ class ResumableLoader(DataLoader[Any]):
         self._skip = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Batches consumed in this epoch, and the seed of the order."""
-        return {"seen": self.seen, "seed": self.sampler.seed}
+        """Batches consumed in this epoch."""
+        return {"seen": self.seen}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after the batches that were consumed.
-
-        Raises:
-            MergeError: The order was drawn from another seed.
-        """
-        if state["seed"] != self.sampler.seed:
-            raise MergeError(
-                f"checkpoint: its data were drawn with seed {state['seed']}, this run has seed {self.sampler.seed}; "
-                "give the same --seed_everything or --data.seed to resume"
-            )
+        """Continue after the batches that were consumed."""
         self._skip = self.sampler.start = state["seen"] % len(self)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

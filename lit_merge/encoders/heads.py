@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - PyTorch's own short name
+from torch.nn import functional as F
 
 from lit_merge.errors import MergeError
 

@@ -20,9 +20,7 @@ class _WithGradient(torch.autograd.Function):
     """A known loss whose gradient with respect to the merged tensors is known as well."""
 
     @staticmethod
-    def forward(  # noqa: ANN401 - autograd's context
-        ctx: Any, loss: Tensor, gradients: list[Tensor | None], scale: float, *_: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], scale: float, *_: Tensor) -> Tensor:  # noqa: ANN401
         ctx.gradients, ctx.scale = gradients, scale
         return loss.clone()
 
@@ -89,4 +87,4 @@ def leaf_loss(
         total = torch.zeros(())
     live = [name for name, value in merged.items() if value.requires_grad]
     gradients = [weights[name].grad for name in live]
-    return _WithGradient.apply(total, gradients, scale, *(merged[name] for name in live))  # type: ignore[no-any-return, no-untyped-call]
+    return _WithGradient.apply(total, gradients, scale, *(merged[name] for name in live))  # type: ignore[no-any-return]

@@ -37,6 +37,8 @@ class AdaMerging(MergeModule):
     Source: Yang et al., AdaMerging, equations 3 to 5, arXiv 2310.02575.
     """
 
+    column: Tensor
+
     def __init__(
         self,
         granularity: Granularity = "tensor",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lit_merge.errors import MergeError
-from lit_merge.objectives.base import Objective, TaskOutput
+from lit_merge.objectives.base import Objective, TaskOutput, at_least_float32
 
 __all__ = ("ExpertAlignment",)
 
@@ -49,8 +49,8 @@ class ExpertAlignment(Objective):
         if output.expert_logits is None or output.expert_features is None:
             raise MergeError("ExpertAlignment: the expert's outputs are missing; ask for them with needs_expert = True")
         if self.distance == "kl":
-            return self._divergence(output.logits.float(), output.expert_logits.float())
-        merged, expert = output.features.float(), output.expert_features.float()
+            return self._divergence(at_least_float32(output.logits), at_least_float32(output.expert_logits))
+        merged, expert = at_least_float32(output.features), at_least_float32(output.expert_features)
         if self.distance == "cosine":
             return 1 - torch.cosine_similarity(merged, expert, dim=-1).mean()
         return functional.l1_loss(merged, expert) if self.distance == "l1" else functional.mse_loss(merged, expert)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_merge.objectives.base import Objective, TaskOutput, mean_over_ranks
+from lit_merge.objectives.base import Objective, TaskOutput, at_least_float32, mean_over_ranks
 
 __all__ = ("Diversity",)
 
@@ -25,5 +25,5 @@ class Diversity(Objective):
 
     def __call__(self, output: TaskOutput) -> Tensor:
         """Return minus the entropy in nats, between -log C and 0; over the images of all ranks."""
-        mean = mean_over_ranks(output.logits.float().softmax(-1).mean(0))
+        mean = mean_over_ranks(at_least_float32(output.logits).softmax(-1).mean(0), output.share)
         return (mean * mean.clamp(min=torch.finfo(mean.dtype).tiny).log()).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_merge.objectives.base import Objective, TaskOutput
+from lit_merge.objectives.base import Objective, TaskOutput, at_least_float32
 
 __all__ = ("Entropy", "entropy")
 
@@ -16,7 +16,7 @@ def entropy(logits: Tensor) -> Tensor:
     >>> entropy(torch.zeros(1, 4))
     tensor([1.3863])
     """
-    log_p = logits.float().log_softmax(-1)  # exact for confident predictions, also under half-precision autocast
+    log_p = at_least_float32(logits).log_softmax(-1)  # exact for confident predictions, also under half-precision autocast
     return -(log_p.exp() * log_p).sum(-1)
 
 

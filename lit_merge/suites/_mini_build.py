@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import lightning as L  # noqa: N812 - Lightning's own short name
+import lightning as L
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import CombinedLoader
@@ -171,9 +171,7 @@ def _shift(images: Tensor, reach: int, generator: torch.Generator) -> Tensor:
     return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
-def _fit(
-    module: FineTuneModule, images: Mapping[str, Labelled], batch: int, steps: int, seed: int, title: str
-) -> None:
+def _fit(module: FineTuneModule, images: Mapping[str, Labelled], batch: int, steps: int, seed: int, title: str) -> None:
     """Train ``module`` on the CPU of this process alone, also where a process group exists."""
     loaders = {
         task: DataLoader(_Batches(pair, batch, _derive(seed, f"batches/{task}")), batch_size=None)

@@ -54,7 +54,9 @@ class NetworkSuite(Suite):
         if not self._experts:
             raise MergeError(f"{name}.experts: expected at least one, found none")
         if set(test) != set(experts):
-            raise MergeError(f"{name}: experts are for {sorted(experts)}, test sets for {sorted(test)}; they must agree")
+            raise MergeError(
+                f"{name}: experts are for {sorted(experts)}, test sets for {sorted(test)}; they must agree"
+            )
         for argument, given in (("heads", self._heads), ("train", self._data["train"]), ("num_classes", num_classes)):
             if unknown := sorted(set(given or {}) - set(experts)):
                 raise MergeError(f"{name}.{argument}: unknown tasks {unknown}; the experts are for {sorted(experts)}")
@@ -119,7 +121,9 @@ class NetworkSuite(Suite):
             raise MergeError(f"{self.name}: task {task!r} has no {split} set; give {split}: {{{task}: ...}}")
         data = self._data[split][task]
         if not isinstance(data, LabelledDataset):
-            raise MergeError(f"{self.name}: task {task!r}: expected a dataset with a length, found {type(data).__name__}")
+            raise MergeError(
+                f"{self.name}: task {task!r}: expected a dataset with a length, found {type(data).__name__}"
+            )
         return data
 
 
@@ -130,7 +134,9 @@ def _state(source: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
 def _linear(path: str | Path) -> nn.Linear:
     state = read_state(path)
     if not set(state) <= {"weight", "bias"} or "weight" not in state or state["weight"].ndim != 2:
-        raise MergeError(f"{path}: expected a linear head with weight (C, D) and maybe bias (C,), found {sorted(state)}")
+        raise MergeError(
+            f"{path}: expected a linear head with weight (C, D) and maybe bias (C,), found {sorted(state)}"
+        )
     classes, width = state["weight"].shape
     head = nn.Linear(width, classes, bias="bias" in state)
     head.load_state_dict(dict(state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lit_merge.encoders.heads import CosineHead
 from lit_merge.errors import MergeError
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lit_merge.encoders.vit import small_vit
 from lit_merge.errors import MergeError
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from testers import MergeTester
@@ -12,8 +12,8 @@ from lit_merge import Dare, TaskArithmetic, transforms
 class TestDare(MergeTester):
     make = Dare
     permutable = False  # the tasks draw from one generator, one after the other
-    unit: ClassVar = {"drop": 0.0, "scale": 1.0}
-    zero: ClassVar = {"scale": 0.0}
+    unit: ClassVar[dict[str, Any] | None] = {"drop": 0.0, "scale": 1.0}
+    zero: ClassVar[dict[str, Any] | None] = {"scale": 0.0}
 
     def test_is_task_arithmetic_after_the_transform(self) -> None:
         suite = ToySuite("cnn")

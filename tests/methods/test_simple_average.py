@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from testers import MergeTester
 from torch import Tensor
@@ -10,8 +10,7 @@ from lit_merge import SimpleAverage
 
 class TestSimpleAverage(MergeTester):
     make = SimpleAverage
-    unit: ClassVar = {}
+    unit: ClassVar[dict[str, Any] | None] = {}
 
-    @staticmethod
-    def reference(base: Tensor, deltas: Tensor) -> Tensor:
+    def reference(self, base: Tensor, deltas: Tensor) -> Tensor:
         return base + deltas.mean(0)

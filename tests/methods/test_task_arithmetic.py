@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from testers import MergeTester
 from torch import Tensor
@@ -10,9 +10,8 @@ from lit_merge import TaskArithmetic
 
 class TestTaskArithmetic(MergeTester):
     make = TaskArithmetic
-    unit: ClassVar = {"scale": 1.0}
-    zero: ClassVar = {"scale": 0.0}
+    unit: ClassVar[dict[str, Any] | None] = {"scale": 1.0}
+    zero: ClassVar[dict[str, Any] | None] = {"scale": 0.0}
 
-    @staticmethod
-    def reference(base: Tensor, deltas: Tensor) -> Tensor:
+    def reference(self, base: Tensor, deltas: Tensor) -> Tensor:
         return base + 0.3 * deltas.sum(0)

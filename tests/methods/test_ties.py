@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,8 +29,8 @@ def numpy_ties(flat: np.ndarray, density: float, reduce: str) -> np.ndarray:
 
 class TestTies(MergeTester):
     make = Ties
-    unit: ClassVar = {"density": 1.0}
-    zero: ClassVar = {"scale": 0.0}
+    unit: ClassVar[dict[str, Any] | None] = {"density": 1.0}
+    zero: ClassVar[dict[str, Any] | None] = {"scale": 0.0}
 
     @pytest.mark.parametrize(("reduce", "scale"), [("mean", 1.0), ("sum", 0.3)])
     def test_equals_the_algorithm_of_the_paper(self, reduce: str, scale: float) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from lit_merge.errors import MergeError, MissingExtraError
 from lit_merge.suites import _mini_build as build
 from lit_merge.suites._mini_glyphs import GLYPH_TASKS
@@ -18,7 +20,6 @@ from lit_merge.suites._mini_images import CLASSES, build_images
 from lit_merge.suites._mini_pictures import PICTURE_TASKS, _find, _region
 from lit_merge.suites.base import LabelledDataset
 from lit_merge.suites.mini import MiniSuite
-from PIL import Image
 
 TASKS = ("mnist", "fonts")
 
@@ -176,9 +177,7 @@ class TestCache:
             built.prepare()
         assert path.read_bytes() == whole
 
-    def test_interrupted_build_goes_on(
-        self, suite: MiniSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_interrupted_build_goes_on(self, suite: MiniSuite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
@@ -238,7 +237,8 @@ class TestImages:
     def test_glyph_tasks_hold_out_fonts_or_letters(self, task: str) -> None:
         glyphs = GLYPH_TASKS[task]
         train, test = (
-            {pair for label in range(glyphs.classes) for pair in product(*glyphs.choices(split, label))} for split in (0, 1)
+            {pair for label in range(glyphs.classes) for pair in product(*glyphs.choices(split, label))}
+            for split in (0, 1)
         )
         assert not train & test
         assert len(train) > len(test) > 0
