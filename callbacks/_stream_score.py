@@ -31,14 +31,26 @@ class StreamScore:
             hits = int((logits.argmax(-1).cpu() == labels).sum())
             self.counts[task] = [correct + hits, total + len(labels)]
 
+    def total(self, trainer: L.Trainer) -> dict[str, list[int]]:
+        """Counts of all ranks together; they all have to ask."""
+        totals = {}
+        for task, counts in self.counts.items():  # every rank has every task, in the same order
+            local = torch.tensor(counts, device=trainer.strategy.root_device)
+            totals[task] = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+        return totals
+
+    def load(self, trainer: L.Trainer, totals: dict[str, list[int]]) -> None:
+        """Go on with the counts of all ranks together."""
+        self.counts = {task: counts if trainer.is_global_zero else [0, 0] for task, counts in totals.items()}
+
     def applied(self, trainer: L.Trainer, results: Results) -> Results:
         """Return the results with the stream's accuracies in front, if there was a stream."""
-        if not self.counts:
+        totals = self.total(trainer)
+        if not totals:
             return results
         tasks = {}
         for task, row in results["tasks"].items():
-            local = torch.tensor(self.counts.get(task, [0, 0]), device=trainer.strategy.root_device)
-            correct, total = trainer.strategy.reduce(local, reduce_op="sum").tolist()
+            correct, total = totals.get(task, [0, 0])
             accuracy = correct / max(total, 1)
             normalized = accuracy / max(row["expert_accuracy"], 1 / max(total, 1))
             tasks[task] = row | {

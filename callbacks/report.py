@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -42,6 +41,7 @@ class Report(L.Callback):
         self._stream = StreamScore()
         self._seconds = 0.0
         self._started = 0.0
+        self._steps = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -50,13 +50,15 @@ class Report(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
     ) -> None:  # fmt: skip
-        """Score the images of a stream as they arrive."""
+        """Count steps, and score the images of a stream as they arrive."""
+        self._steps = trainer.global_step
         if _protocol(trainer) == "online":
             self._stream.update(trainer, outputs)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
         self._seconds += time.monotonic() - self._started
+        self._started = 0.0
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -92,7 +94,7 @@ class Report(L.Callback):
             "peak_memory_bytes": _peak_memory(),
             "tasks": results["tasks"],
             "mean": results["mean"],
-            "extra": {"adaptation_seconds": round(self._seconds, 3), "steps": trainer.global_step, **self.extra},
+            "extra": {"adaptation_seconds": round(self._seconds, 3), "steps": self._steps, **self.extra},
         }
         if trainer.is_global_zero:
             self._publish(trainer, folder)
@@ -102,7 +104,8 @@ class Report(L.Callback):
         cells: list[list[str | float]] = [
             [name, *(float(row[key]) for key in _COLUMNS)] for name, row in rows if all(key in row for key in _COLUMNS)
         ]
-        Console().print(_table(self.content, cells))
+        Console().print("{method} on {suite} ({protocol}, seed {seed})".format(**self.content), highlight=False)
+        Console().print(_table(cells))
         log_table(trainer, "report", ["task", *_COLUMNS.values()], cells)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_json(folder / "report.json", self.content)
@@ -111,16 +114,23 @@ class Report(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to remember."""
         running = time.monotonic() - self._started if self._started else 0.0
-        return {"seconds": self._seconds + running, "stream": self._stream.counts}
+        return {"seconds": self._seconds + running, "steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what was remembered."""
-        self._seconds, self._stream.counts = state_dict["seconds"], state_dict["stream"]
+        self._seconds, self._steps = state_dict["seconds"], state_dict["steps"]
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember the score of a stream; rank zero writes the checkpoint, so it has the counts of all ranks."""
+        checkpoint["lit_merge_stream"] = self._stream.total(trainer)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the score of a stream."""
+        self._stream.load(trainer, checkpoint.get("lit_merge_stream", {}))
 
 
-def _table(content: dict[str, Any], cells: list[list[str | float]]) -> Table:
-    title = f"{content['method']} on {content['suite']} ({content['protocol']}, seed {content['seed']})"
-    table = Table(title=title, title_justify="left")
+def _table(cells: list[list[str | float]]) -> Table:
+    table = Table()
     table.add_column("task")
     for column in _COLUMNS.values():
         table.add_column(column, justify="right")
@@ -136,8 +146,12 @@ def _protocol(trainer: L.Trainer) -> str:
 
 
 def _peak_memory() -> int:
-    """Bytes: of the accelerator if there is one in use, else the largest resident set of this process."""
+    """Bytes: of the accelerator if there is one in use, else the largest resident set of this process, if known."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ModuleNotFoundError:  # not on Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

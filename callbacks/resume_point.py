@@ -51,4 +51,6 @@ class ResumePoint(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         if self.path is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.save()  # no metric from before the checkpoint is lost with the process
             trainer.save_checkpoint(self.path, weights_only=False)  # said, or Lightning remarks on it every time

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_merge import __version__, configs
 from lit_merge.callbacks import LogConfig
+from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.data import TaskDataModule
 from lit_merge.errors import MergeError, MissingExtraError
 from lit_merge.hints import hint
@@ -114,8 +115,8 @@ class MergeCLI(LightningCLI):
         self.save_config_kwargs = {**self.save_config_kwargs, "asked": config.clone()}
         if config.get("ckpt_path") == "last":
             continue_last_run(config, fresh=self.subcommand == "fit")
-        if "weights_only" in config and config["weights_only"] is None:
-            config["weights_only"] = True  # Lightning would run code from a checkpoint at a URL
+        if path := config.get("ckpt_path"):
+            read_checkpoint(path)  # a few kilobytes; an error comes before the networks are read
 
     def after_fit(self) -> None:
         """Evaluate what was learned, beside base and experts."""
@@ -199,7 +200,7 @@ def _cli(args: list[str] | None, run: bool) -> MergeCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_callback=LogConfig,
-        parser_kwargs={"allow_abbrev": False},
+        parser_kwargs={"allow_abbrev": False, "prog": "lit-merge"},
         args=args,
         run=run,
     )

@@ -53,7 +53,9 @@ def _mistakes(message: str) -> Iterator[tuple[str, Collection[str]]]:
     for path in _CLASS.findall(message):
         yield path.rpartition(".")[2], class_names()
     for path in _OPTION.findall(message):
-        for part in path.split("."):
+        first, *rest = path.split(".")
+        yield first, _TOP if rest else argument_names()
+        for part in rest:
             yield part, argument_names()
     for wrong, choices in _CHOICE.findall(message):
         yield wrong, re.findall(r"\w+", choices)

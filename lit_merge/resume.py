@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ from lit_merge.errors import MergeError
 
 __all__ = ("continue_last_run", "newest_run")
 
-# per logger: where its runs lie below save_dir, and its default
-_NAMES = {"CSVLogger": ("name", "lightning_logs"), "TensorBoardLogger": ("name", "lightning_logs"),
-          "WandbLogger": ("project", "lightning_logs"), "RunLogger": ("name", "lit-merge")}  # fmt: skip
+# the argument of each logger that names the folder of its runs, below save_dir
+_NAMES = {"CSVLogger": "name", "RunLogger": "name", "TensorBoardLogger": "name", "WandbLogger": "project"}
 
 
 def newest_run(root: Path) -> Path | None:
@@ -31,30 +31,31 @@ def continue_last_run(config: Any, *, fresh: bool) -> None:  # noqa: ANN401 - a 
         MergeError: There is no run to go on with.
     """
     logger = config.trainer.logger
-    logger = logger[0] if isinstance(logger, list) and logger else logger
-    root, run = _root(config), None
-    if logger is None or isinstance(logger, bool):
-        run = root if (root / "last.ckpt").is_file() else newest_run(root)
-    elif (version := _get(logger, "version") or _get(logger, "id")) is not None:
-        folder = root / (f"version_{version}" if isinstance(version, int) else str(version))
-        run = folder if (folder / "last.ckpt").is_file() else None
-    elif (run := newest_run(root)) is not None:
-        _, _, number = run.name.partition("version_")
-        logger.init_args["version"] = int(number) if number.isdecimal() else run.name
-    if run is None and not fresh:
-        raise MergeError(f"ckpt_path: last: no last.ckpt below {root}; run fit first, or give a path")
-    config.ckpt_path = None if run is None else str(run / "last.ckpt")
+    if isinstance(logger, list):
+        logger = logger[0] if logger else False
+    root = Path(config.trainer.default_root_dir or ".")
+    run: Path | None = root  # without a logger, and with one that has no folders, that is the only run
+    if logger is None or logger is True:  # Lightning's own choice of a logger
+        run = newest_run(root := root / "lightning_logs")
+    elif logger and (kind := logger.class_path.rpartition(".")[2]) in _NAMES:
+        options = logger.init_args
+        root = _root(options, _NAMES[kind], root)
+        version = next((v for v in (options.get("version"), options.get("id")) if v is not None), None)
+        if version is not None:
+            run = root / (f"version_{version}" if isinstance(version, int) else str(version))
+        elif (run := newest_run(root)) is not None:
+            number = run.name.removeprefix("version_")
+            options["version"] = int(number) if number != run.name and number.isdecimal() else run.name
+    if run is None or not (run / "last.ckpt").is_file():
+        if not fresh:
+            raise MergeError(f"ckpt_path: last: no last.ckpt below {root}; run fit first, or give a path")
+        config.ckpt_path = None
+    else:
+        config.ckpt_path = str(run / "last.ckpt")
 
 
-def _root(config: Any) -> Path:  # noqa: ANN401
-    logger = config.trainer.logger
-    logger = logger[0] if isinstance(logger, list) and logger else logger
-    folder = Path(config.trainer.default_root_dir or ".")
-    if logger is None or isinstance(logger, bool):
-        return folder
-    key, default = _NAMES.get(logger.class_path.rpartition(".")[2], ("name", ""))
-    return Path(_get(logger, "save_dir") or folder) / str(_get(logger, key) or default)
-
-
-def _get(logger: Any, key: str) -> Any:  # noqa: ANN401
-    return logger.get("init_args", {}).get(key)
+def _root(options: Any, key: str, folder: Path) -> Path:  # noqa: ANN401
+    name = options.get(key, "lightning_logs")
+    if name is None and key == "project":
+        name = os.environ.get("WANDB_PROJECT", "lightning_logs")
+    return Path(options.get("save_dir") or folder) / (name or "")

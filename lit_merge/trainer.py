@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_merge.callbacks._sinks import run_dir
 from lit_merge.checkpoints.export import write_merged
+from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.provenance import provenance
@@ -117,9 +117,7 @@ class MergeTrainer(L.Trainer):
 
 
 def _load(model: MergeModule, path: Path) -> None:
-    if not path.is_file():
-        raise MergeError(f"{path}: no such checkpoint")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(path)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 
-__all__ = ("SafetensorsFile", "read_state")
+__all__ = ("SafetensorsFile", "read_checkpoint", "read_state")
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
@@ -82,6 +83,28 @@ def read_state(path: str | Path) -> Mapping[str, Tensor]:
                 "not a checkpoint that contains it"
             )
     return state
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint that Lightning wrote for a merge.
+
+    Args:
+        path: A local file with plain data and tensors. Pickled objects are refused, never executed.
+
+    Returns:
+        Its content, with ``state_dict``.
+
+    Raises:
+        MergeError: The file is missing, damaged or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MergeError(f"{path}: no such checkpoint; expected a local file, such as the last.ckpt of a fit")
+    checkpoint = _load_weights_only(path)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        found = ", ".join(map(str, list(checkpoint)[:3])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise MergeError(f"{path}: expected a checkpoint of lit-merge with state_dict, found {found}")
+    return checkpoint
 
 
 def _load_weights_only(path: Path) -> object:

@@ -1,0 +1,38 @@
+"""The command line at the size of toys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_merge.cli import MergeCLI, main
+
+TINY = (
+    "--suite=toys.ToySuite",
+    "--trainer.accelerator=cpu",
+    "--trainer.max_epochs=1",
+    "--trainer.enable_progress_bar=false",
+    "--data.steps_per_epoch=3",
+)
+
+
+def run(subcommand: str, config: str, *more: str) -> MergeCLI:
+    """Run a subcommand on toys; ``more`` comes last and wins."""
+    return main([subcommand, "--config", config, *TINY, *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str, status: int) -> str:
+    """Run a command line that must fail, and return what it says on standard error."""
+    with pytest.raises(SystemExit) as exit_:
+        main(list(args))
+    assert exit_.value.code == status
+    return capsys.readouterr().err
+
+
+def report(folder: Path | str) -> dict[str, Any]:
+    """The report of the run in a folder."""
+    content: dict[str, Any] = json.loads((Path(folder) / "report.json").read_text())
+    return content
