@@ -41,21 +41,28 @@ class CollapseMonitor(L.Callback):
         self._sums: dict[str, Tensor] = {}
         self._largest: dict[str, float] = {}
         self._warned: set[str] = set()
+        self._closed = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where the first window begins."""
+        self._closed = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
     ) -> None:  # fmt: skip
-        """Add up predictions; at the end of a window, log them."""
+        """Add up predictions; at the end of a window, log and check them."""
         for task, logits in outputs["logits"].items():
             self._sums[task] = self._sums.get(task, 0) + _counts(logits)
-        if trainer.global_step % self.every_n_steps == 0:
-            self._close(trainer, pl_module)
+        step = trainer.global_step
+        if step > self._closed and step % self.every_n_steps == 0:  # several batches may make one step
+            self._close(trainer, check=True)
+            self._closed = step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log what is left."""
-        self._close(trainer, pl_module)
+        """Log what is left; a part of a window has fewer images, and is not compared with whole ones."""
+        self._close(trainer, check=False)
 
-    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _close(self, trainer: L.Trainer, *, check: bool) -> None:
         rows: list[list[str | int | float]] = []
         metrics = {}
         for task, local in self._sums.items():
@@ -64,7 +71,8 @@ class CollapseMonitor(L.Callback):
             entropy = float(torch.special.entr(share).sum())
             metrics[f"predictions/marginal_entropy/{task}"] = entropy
             rows += [[task, number, int(count)] for number, count in enumerate(counts)]
-            self._check(task, entropy, float(share.max()))
+            if check:
+                self._check(task, entropy, float(share.max()))
         self._sums = {}
         if rows and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -83,12 +91,22 @@ class CollapseMonitor(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run has to remember."""
-        return {"sums": self._sums, "largest": self._largest, "warned": sorted(self._warned)}
+        return {"largest": self._largest, "warned": sorted(self._warned)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with what was remembered."""
-        self._sums, self._largest = state_dict["sums"], state_dict["largest"]
-        self._warned = set(state_dict["warned"])
+        self._largest, self._warned = dict(state_dict["largest"]), set(state_dict["warned"])
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember the window so far; rank zero writes the checkpoint, so it has the sums of all ranks."""
+        sums = {task: trainer.strategy.reduce(local.clone(), reduce_op="sum").cpu() for task, local in self._sums.items()}
+        checkpoint["lit_merge_predictions"] = sums
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the window."""
+        share = float(trainer.is_global_zero)
+        sums = checkpoint.get("lit_merge_predictions", {})
+        self._sums = {task: share * total.to(trainer.strategy.root_device) for task, total in sums.items()}
 
 
 def _counts(logits: Tensor) -> Tensor:

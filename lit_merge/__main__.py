@@ -8,7 +8,7 @@ from collections.abc import Sequence
 __all__ = ("main",)
 
 _HELP = """\
-usage: lit-merge [-h] [--version] {fit,validate,test,predict,merge,export} ...
+usage: lit-merge [-h] [--version] {{fit,validate,test,predict,merge,export}} ...
 
 Merge fine-tuned networks at test time.
 

@@ -96,7 +96,8 @@ class MergeCLI(LightningCLI):
         parser.set_defaults(
             {f"trainer.{key}": value for key, value in self.trainer_defaults.items() if key != "callbacks"}
         )
-        parser.add_subclass_arguments(Suite, "suite", required=True)
+        # torchvision's Compose and most of its transforms have no annotations
+        parser.add_subclass_arguments(Suite, "suite", required=True, fail_untyped=False)
         parser.set_defaults({"suite": {"class_path": "lit_merge.suites.MiniSuite"}})
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)

@@ -29,14 +29,15 @@ _LITERAL = re.compile(r"Literal\[(.*)\]\. Got value: (\w+)")
 
 
 def hint(message: str) -> str:
-    """Return a suggestion for an error message of the parser, or nothing if there is none or the message has one.
+    r"""Return a suggestion for an error message of the parser, or nothing if there is none or the message has one.
 
+    >>> from lit_merge.methods import AdaMerging
     >>> hint("Expected a dot import path string: AdaMergin")
-    '\\n  did you mean AdaMerging?'
+    '\n  did you mean AdaMerging?'
     >>> hint("Option 'granularty' is not accepted")
-    '\\n  did you mean granularity?'
+    '\n  did you mean granularity?'
     >>> hint("argument subcommand: invalid choice: 'tets' (choose from 'fit', 'test')")
-    '\\n  did you mean test?'
+    '\n  did you mean test?'
     """
     if "did you mean" in message:
         return ""
@@ -54,8 +55,8 @@ def _mistakes(message: str) -> Iterator[tuple[str, Collection[str]]]:
         yield path.rpartition(".")[2], class_names()
     for path in _OPTION.findall(message):
         first, *rest = path.split(".")
-        yield first, _TOP if rest else argument_names()
-        for part in rest:
+        yield first, _TOP
+        for part in rest or [first]:
             yield part, argument_names()
     for wrong, choices in _CHOICE.findall(message):
         yield wrong, re.findall(r"\w+", choices)

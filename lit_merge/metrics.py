@@ -43,7 +43,13 @@ class Hits(Metric):
         """Count class indices ``(B,)`` against labels ``(B,)``."""
         self.correct += (predictions == labels).sum()
         self.total += len(labels)
-        self._update_count += 1  # so that compute() does not warn after a direct call
+        self._computed = None  # as update() would do; it is not asked for in a direct call
+        self._update_count += 1
+
+    def reset(self) -> None:
+        """Forget all counts; that there is nothing to count on a rank is no reason for a warning."""
+        super().reset()
+        self._update_count = 1
 
     def compute(self) -> Tensor:
         """Return correct and total, ``(2,)``."""

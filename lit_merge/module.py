@@ -158,11 +158,12 @@ class MergeModule(EvaluationSteps, ABC):
             )
 
     def on_fit_start(self) -> None:
-        """Check that all ranks hold the same networks.
+        """Check that all ranks hold the same networks, and forget statistics of an evaluation before this fit.
 
         Raises:
-            MergeError: They do not.
+            MergeError: The networks differ.
         """
+        self._measured = {}  # made in inference mode, and for other coefficients
         own = torch.tensor(list(bytes.fromhex("".join(self.bank.digests.values()))), device=self.device)
         everyone = torch.as_tensor(self.all_gather(own)).reshape(-1, len(own))
         if not bool((everyone == own).all()):
@@ -205,10 +206,12 @@ class MergeModule(EvaluationSteps, ABC):
     def _task_output(self, task: str, batch: UnlabelledBatch, logits: Tensor, features: Tensor) -> TaskOutput:
         if not self.objective.uses_expert:
             return TaskOutput(logits, features, share=batch.share)
-        size = len(self.suite.dataset(task, "test"))
         with torch.no_grad():
             expert_features, expert_logits = self.teachers.outputs(
-                task, batch, size, lambda images: self.outputs(self.expert_state(task), task, images)
+                task,
+                batch,
+                lambda: len(self.suite.dataset(task, "test")),
+                lambda images: self.outputs(self.expert_state(task), task, images),
             )
         return TaskOutput(logits, features, expert_logits, expert_features, batch.share)
 
@@ -277,6 +280,14 @@ class MergeModule(EvaluationSteps, ABC):
         return self.outputs(self._merged or self.merged_state(), task, images)[1]
 
     # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load what was learned into parameters that are made first.
+
+        A strategy that forks or spawns brings its result back into a module that was never configured.
+        """
+        self.configure_model()
+        return super().load_state_dict(state_dict, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which base, experts and transforms the parameters were learned with."""

@@ -27,13 +27,15 @@ class TeacherCache:
         self.budget = budget
         self._kept: dict[str, tuple[Tensor, Tensor, Tensor] | None] = {}
 
-    def outputs(self, task: str, batch: UnlabelledBatch, size: int, compute: Callable[[Tensor], Outputs]) -> Outputs:
+    def outputs(
+        self, task: str, batch: UnlabelledBatch, size: Callable[[], int], compute: Callable[[Tensor], Outputs]
+    ) -> Outputs:
         """Return features ``(B, D)`` and logits ``(B, C)`` of the expert.
 
         Args:
             task: Name of the task.
             batch: Its images and their positions.
-            size: Number of positions of the task.
+            size: Number of positions of the task; asked for once.
             compute: Maps images to features and logits.
         """
         kept = self._kept.get(task)
@@ -41,7 +43,7 @@ class TeacherCache:
             return kept[1][batch.index], kept[2][batch.index]
         features, logits = compute(batch.images)
         if task not in self._kept:
-            self._kept[task] = kept = self._reserve(size, features, logits)
+            self._kept[task] = kept = self._reserve(size(), features, logits)
         if kept is not None:
             known, all_features, all_logits = kept
             all_features[batch.index], all_logits[batch.index] = features, logits

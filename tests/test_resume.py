@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
@@ -175,7 +175,7 @@ def report(root: Path) -> dict[str, Any]:
     return {key: content[key] for key in ("method", "protocol", "tasks", "mean")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def uninterrupted(case: Case) -> dict[str, Any]:
     root = Path(mkdtemp())
     fit(case, root)  # in this process: it warms up what the forks inherit
@@ -221,6 +221,7 @@ KILLS: list[tuple[Case, When, int]] = [
     (Case(workers=2), "start", 1),
     (Case(workers=2), "end", STEPS),
     (Case(workers=2), "start", STEPS + 2),
+    (Case(workers=2), "after_save", 3),  # goes on from the end of an epoch
     (Case(workers=2), "in_save", 4),
 ]
 
@@ -357,13 +358,15 @@ def test_refuses_to_go_on_with_something_else(tmp_path: Path, point: Path, other
 def test_refuses_to_evaluate_or_export_with_another_expert(tmp_path: Path, point: Path, how: str) -> None:
     suite, case = ToySuite(changed=True), Case()
     model, trainer = case.model(suite), case.trainer(tmp_path)
+    evaluate: Callable[[], object]
+    if how == "load_from_checkpoint":
+        evaluate = partial(AdaMerging.load_from_checkpoint, point, suite=suite)
+    elif how == "export":
+        evaluate = partial(trainer.export, model, ckpt_path=point)
+    else:
+        evaluate = partial(getattr(trainer, how), model, datamodule=case.data(suite), ckpt_path=point)
     with pytest.raises(MergeError, match=f"expert 'task.c' was {SHA}, this run has {SHA}; .*give the suite"):
-        if how == "load_from_checkpoint":
-            AdaMerging.load_from_checkpoint(point, suite=suite)
-        elif how == "export":
-            trainer.export(model, ckpt_path=point)
-        else:
-            getattr(trainer, how)(model, datamodule=case.data(suite), ckpt_path=point)
+        evaluate()
     assert not list(tmp_path.iterdir())
 
 
@@ -383,23 +386,12 @@ def test_a_split_is_never_scored_on_what_it_adapted_on(tmp_path: Path) -> None:
 
 
 def test_refuses_a_foreign_checkpoint(tmp_path: Path) -> None:
-    class Other(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(2, 1)
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            loss: Tensor = self.layer(batch[0]).sum()
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
+    other = L.Trainer(logger=False, barebones=True)
+    other.strategy.connect(L.LightningModule())
+    other.save_checkpoint(tmp_path / "other.ckpt", weights_only=True)
     case, model = Case(), Case().model()
-    other = case.trainer(tmp_path, max_epochs=1)
-    other.fit(Other(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4, 2)), batch_size=2))
-    with pytest.raises(MergeError, match="not one of lit-merge"):
-        case.trainer(tmp_path).fit(model, datamodule=case.data(model.suite), ckpt_path=tmp_path / "last.ckpt")
+    with pytest.raises(MergeError, match="not one of lit-merge: it does not say which experts"):
+        case.trainer(tmp_path).fit(model, datamodule=case.data(model.suite), ckpt_path=tmp_path / "other.ckpt")
 
 
 def wide() -> NetworkSuite:
@@ -475,7 +467,7 @@ LOGGERS: dict[str, tuple[list[str], str]] = {
     "csv by name": (["--trainer.logger.version", "mine"], "runs/adamerging/mine"),
     "csv without a name": (["--trainer.logger.name", "null"], "runs/version_0"),
     "tensorboard": (["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "tb"],
-                    "tb/lightning_logs/version_0"),
+                    "tb/adamerging/version_0"),
     "none": (["--trainer.logger", "false", "--trainer.default_root_dir", "here"], "here"),
     "wandb": (["--config", "wandb.yaml"], ""),
 }  # fmt: skip
@@ -548,9 +540,7 @@ def test_without_a_logger_other_folders_are_not_taken_for_the_run(tmp_path: Path
     assert len(learned(tmp_path)) == 3
 
 
-def test_last_without_a_run_is_an_error_for_what_needs_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_last_without_a_run_is_an_error_for_what_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["test", *command()[1:]])
     assert exit_.value.code == 1
@@ -559,7 +549,11 @@ def test_last_without_a_run_is_an_error_for_what_needs_one(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "not found|no such|not exist"), (b"", "no data|empty|Ran out|EOF"), (b"not a checkpoint", "invalid|pickle|Unpickl")],
+    [
+        (None, "not found|no such|not exist"),
+        (b"", "no data|empty|Ran out|EOF"),
+        (b"not a checkpoint", "invalid|pickle|Unpickl"),
+    ],
 )
 def test_an_unusable_checkpoint_is_one_clear_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, message: str

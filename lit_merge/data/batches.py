@@ -20,7 +20,7 @@ class UnlabelledBatch(NamedTuple):
     """
 
     images: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment] # not the method of a tuple
     share: float = 1.0
 
 
@@ -35,4 +35,4 @@ class LabelledBatch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment] # not the method of a tuple

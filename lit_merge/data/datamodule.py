@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -45,9 +45,6 @@ class TaskDataModule(L.LightningDataModule):
         MergeError: A value is out of range, a task is unknown, or a dataset is empty.
     """
 
-    # ranks without an image of a small task are fine: metrics are summed over ranks
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
         suite: Suite,
@@ -60,11 +57,17 @@ class TaskDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        # ranks without an image of a small task are fine: metrics are summed over ranks
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
                 raise MergeError(f"data.{name}: expected at least 1, found {value}")
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise MergeError(f"data.steps_per_epoch: expected at least 1, found {steps_per_epoch}")
+        if num_workers < 0:
+            raise MergeError(f"data.num_workers: expected at least 0, found {num_workers}")
+        if protocol not in get_args(Protocol):
+            raise MergeError(f"data.protocol: expected transductive, split or online, found {protocol!r}")
         if not 0 < adapt_fraction < 1:
             raise MergeError(f"data.adapt_fraction: expected a share in (0, 1), found {adapt_fraction}")
         self.suite = suite
@@ -159,7 +162,9 @@ class TaskDataModule(L.LightningDataModule):
             seed=self.seed, rank=rank, world=world, once=self.protocol == "online",
         )  # fmt: skip
         if self.trainer is not None:
-            sampler.set_epoch(self.trainer.current_epoch)  # workers start before Lightning says it (issue 21938)
+            # workers start before Lightning says it (issue 21938); after a resume from the end of an epoch
+            # trainer.current_epoch is still that epoch
+            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return ResumableLoader(TaskMixture(self._data), sampler, **self._worker_options())
 
     def _steps(self) -> int:

@@ -70,9 +70,10 @@ class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
 
 
 def _tensor(image: object, where: str, position: int) -> Tensor:
-    if not isinstance(image, Tensor):
+    if not isinstance(image, Tensor) or not image.is_floating_point():
+        found = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise MergeError(
-            f"{where}: image {position}: expected a float tensor (C, H, W), found {type(image).__name__}; "
-            "give the dataset a transform that ends in a tensor"
+            f"{where}: image {position}: expected a float tensor (C, H, W), found {found}; "
+            "give the dataset a transform that ends in one, such as torchvision.transforms.ToTensor"
         )
     return image

@@ -40,12 +40,11 @@ class Recipe:
     features: int = 64
     scale: float = 20.0
     shift: int = 2  # largest shift of a training image in pixels, both ways
-    pretrain_images: int = 200  # per task: the base has seen each task, not much of it
     pretrain_batch: int = 16  # per task
     pretrain_rate: float = 1e-3
     pretrain_smoothing: float = 0.1
     finetune_batch: int = 64
-    finetune_rate: float = 5e-4
+    finetune_rate: float = 2e-4
     weight_decay: float = 0.1
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
@@ -71,10 +70,10 @@ def make_head(weight: Tensor) -> CosineHead:
 def pretrain(
     images: Mapping[str, Labelled], classes: Mapping[str, int], steps: int, seed: int, title: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Train network and heads jointly on the first few training images of every task.
+    """Train network and heads jointly on the clean training images of every task.
 
     Args:
-        images: Training images and labels of every task.
+        images: Clean training images and labels of every task.
         classes: Number of classes of every task.
         steps: Optimiser steps.
         seed: Decides the initial weights and the batches.
@@ -94,8 +93,7 @@ def pretrain(
             label_smoothing=RECIPE.pretrain_smoothing,
             **_schedule(RECIPE.pretrain_rate, steps),
         )
-        few = {task: (x[: RECIPE.pretrain_images], y[: RECIPE.pretrain_images]) for task, (x, y) in images.items()}
-        _fit(module, few, RECIPE.pretrain_batch, steps, seed, title)
+        _fit(module, images, RECIPE.pretrain_batch, steps, seed, title)
     directions = {task: head.get_parameter("weight").detach().clone() for task, head in module.heads.items()}
     return _state(network), directions
 

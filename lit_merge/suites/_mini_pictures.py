@@ -42,17 +42,17 @@ class PictureTask:
 PICTURE_TASKS: dict[str, PictureTask] = {
     "textures": PictureTask(
         ("brick.png", "grass.png", "gravel.png", "ihc.png", "hubble_deep_field.jpg", "moon.png", "coins.png")
-        + ("page.png", "text.png", "retina.jpg", "camera.png", "motorcycle_left.png"),
+        + ("page.png", "text.png", "retina.jpg"),
         "L",
-        (0.15, 0.35),
-        0.4,
+        (0.2, 0.4),
+        0.3,
     ),
     "photos": PictureTask(
         ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "china.jpg", "flower.jpg")
         + ("ihc.png", "retina.jpg", "logo.png"),
         "RGB",
-        (0.2, 0.4),
-        0.3,
+        (0.25, 0.5),
+        0.2,
     ),
 }
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,16 +69,16 @@ class MiniSuite(Suite):
     Raises:
         MergeError: A task is unknown or named twice, there is none, or a number is out of range.
 
-    >>> MiniSuite(["mnist", "greek"]).tasks
-    ('mnist', 'greek')
+    >>> MiniSuite(["mnist", "symbols"]).tasks
+    ('mnist', 'symbols')
     """
 
     def __init__(
         self,
         tasks: Sequence[str] | None = None,
         seed: int = 0,
-        pretrain_steps: int = 1000,
-        finetune_steps: int = 300,
+        pretrain_steps: int = 1200,
+        finetune_steps: int = 200,
         cache_dir: str | Path | None = None,
     ) -> None:
         self._tasks = _check_tasks(tasks)
@@ -150,11 +151,11 @@ class MiniSuite(Suite):
             raise MergeError(f"MiniSuite: unknown split {split!r}; choose train or test")
         return MiniDataset(*self._labelled(task, split))
 
-    def _labelled(self, task: str, split: Split) -> build.Labelled:
-        """Return images as floats with three channels, and labels."""
+    def _labelled(self, task: str, split: Literal["train", "test", "clean"]) -> build.Labelled:
+        """Return images as floats with three channels, and labels; ``clean`` is what the base learns from."""
         found = self._bytes_of(self.check_task(task))
-        images = found.train_images if split == "train" else found.test_images
-        labels = found.train_labels if split == "train" else found.test_labels
+        labels = found.test_labels if split == "test" else found.train_labels
+        images = {"train": found.train_images, "test": found.test_images, "clean": found.clean_images}[split]
         return (images.float() / 127.5 - 1).expand(-1, 3, -1, -1), labels
 
     def _bytes_of(self, task: str) -> TaskImages:
@@ -170,7 +171,7 @@ class MiniSuite(Suite):
         paths = self.folder / "base.safetensors", self.folder / "heads.safetensors"
         base, heads = (_load(path) for path in paths)
         if base is None or heads is None:
-            images = {task: self._labelled(task, "train") for task in self.tasks}
+            images = {task: self._labelled(task, "clean") for task in self.tasks}
             title = "building mini suite: base"
             base, heads = build.pretrain(images, CLASSES, self.pretrain_steps, self.seed, title)
             _save(paths[1], heads)

@@ -77,10 +77,15 @@ class NetworkSuite(Suite):
 
     def base(self) -> Mapping[str, Tensor]:
         """Return the base, checked against the network."""
-        state = self._network.state_dict() if self._base is None else _state(self._base)
-        if set(state) != set(self._network.state_dict()):
-            difference = sorted(set(state) ^ set(self._network.state_dict()))
+        own = self._network.state_dict()
+        state = own if self._base is None else _state(self._base)
+        if difference := sorted(set(state) ^ set(own)):
             raise MergeError(f"{self.name}: base and network have different tensors: {', '.join(difference[:5])}")
+        for name, value in own.items():
+            if (found := getattr(state[name], "shape", None)) is not None and found != value.shape:
+                raise MergeError(
+                    f"{self.name}: base: {name}: the network expects shape {tuple(value.shape)}, found {tuple(found)}"
+                )
         return state
 
     def expert(self, task: str) -> Mapping[str, Tensor]:

@@ -82,7 +82,7 @@ class TestContract:
         assert label == data.tensors[1][7]
 
     def test_tasks_in_the_given_order(self) -> None:
-        assert MiniSuite(["greek", "mnist"]).tasks == ("greek", "mnist")
+        assert MiniSuite(["symbols", "mnist"]).tasks == ("symbols", "mnist")
         assert MiniSuite().tasks == tuple(CLASSES)
         assert MiniSuite().name == "MiniSuite"
 

@@ -1,0 +1,343 @@
+"""Two ranks with half the batch each do what one rank does: in every gradient, and in every number of the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.multiprocessing.spawn import ProcessExitedException
+from toys import ToyData, ToySuite, expert_state, network
+
+import lit_merge
+from lit_merge import AdaMerging, MergeModule, MergeTrainer, TaskDataModule, main
+from lit_merge.callbacks import CoefficientMonitor, CollapseMonitor, ExportMerge, Report, ResumePoint
+from lit_merge.methods import TaskArithmetic
+from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
+from lit_merge.suites import NetworkSuite, Suite
+
+ALL = WeightedSum([Entropy(), Diversity(), ExpertAlignment("kl"), ExpertAlignment("l1")], [1.0, 0.5, 1.0, 0.3])
+
+
+def odd(single: bool = True) -> NetworkSuite:
+    """Tasks of odd sizes, and one of a single image, in double precision."""
+    toys = ToySuite("cnn", dtype="float64")  # so that nothing but a wrong weight can make a difference
+    sizes = dict(zip(toys.tasks, (13, 1, 22) if single else (13, 9, 22), strict=True))
+    data = {task: ToyData(size, toys.num_classes(task), seed=t) for t, (task, size) in enumerate(sizes.items())}
+    for images in data.values():
+        images.images = images.images.double()
+    return NetworkSuite(
+        network=toys.network(),
+        experts={task: dict(toys.expert(task)) for task in toys.tasks},
+        heads={task: toys.head(task) for task in toys.tasks},
+        test=data,  # type: ignore[arg-type]
+        name="odd",
+    )
+
+
+class Record(L.Callback):
+    """Writes what each rank has seen; callbacks of other processes do not come back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.gradients: list[Any] = []
+        self.images: list[Any] = []
+        self.validation: list[Any] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.gradients.append(pl_module.coefficients.grad.clone())  # type: ignore[union-attr, operator]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.images.append({task: index.tolist() for task, index in outputs["index"].items()})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validation.append(pl_module.results)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "fit")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer, pl_module, "test")
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, MergeModule)
+        content = {
+            "gradients": self.gradients,
+            "images": self.images,
+            "validation": self.validation,
+            "results": pl_module.results,
+            "coefficients": pl_module.coefficients.detach() if pl_module.learnable else None,
+        }
+        torch.save(content, self.folder / f"{stage}-{trainer.global_rank}.pt")
+
+
+def trainer(folder: Path, ranks: int, **kwargs: Any) -> MergeTrainer:
+    kwargs.setdefault("callbacks", [])
+    options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    if ranks > 1:
+        options["strategy"] = "ddp_fork"
+    return MergeTrainer(
+        default_root_dir=folder, accelerator="cpu", devices=ranks, **{**options, **kwargs},
+    )  # fmt: skip
+
+
+def run(
+    folder: Path,
+    ranks: int,
+    suite: Suite | None = None,
+    objective: Objective | None = None,
+    protocol: str = "transductive",
+    epochs: int = 2,
+    model_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Fit and test with a global batch of 8; what each rank recorded in both, and the report."""
+    folder.mkdir()
+    suite = suite or odd()
+    model = AdaMerging(
+        suite=suite, objective=objective, optimizer=partial(torch.optim.SGD, lr=0.05), **(model_options or {})
+    )
+    data = TaskDataModule(
+        suite, batch_size=8 // ranks, eval_batch_size=5, protocol=protocol, seed=3,  # type: ignore[arg-type]
+    )  # fmt: skip
+    callbacks = [Report(), CollapseMonitor(2), CoefficientMonitor(), ResumePoint(2), ExportMerge(), Record(folder)]
+    engine = trainer(folder, ranks, max_epochs=1 if protocol == "online" else epochs, callbacks=callbacks, **kwargs)
+    engine.fit(model, datamodule=data)
+    if protocol != "online" or ranks == 1:
+        engine.test(model, datamodule=data, verbose=False)
+    else:
+        # the callbacks of a fork do not come back, so the stream is read from the checkpoint, as a resumed run would
+        engine = trainer(folder, ranks, max_epochs=1, callbacks=[Resumed(), Record(folder)])
+        engine.test(model, datamodule=data, verbose=False)
+    recorded = [
+        {**torch.load(folder / f"fit-{rank}.pt"), "test": torch.load(folder / f"test-{rank}.pt")["results"]}
+        for rank in range(ranks)
+    ]
+    return recorded, json.loads((folder / "report.json").read_text())
+
+
+class Resumed(Report):
+    """A report that reads the score of the stream back when it is used for a test."""
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / "last.ckpt"
+        self.on_load_checkpoint(trainer, pl_module, torch.load(path, weights_only=True))
+        super().on_test_start(trainer, pl_module)
+
+
+def close(one: Any, other: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("protocol", ["transductive", "split", "online"])
+@pytest.mark.parametrize("objective", [Entropy(), Diversity(), ALL], ids=["entropy", "diversity", "all"])
+def test_two_ranks_are_one(tmp_path: Path, protocol: str, objective: Objective) -> None:
+    suite = odd(single=protocol != "split")  # one image cannot be split
+    (alone,), expected = run(tmp_path / "1", 1, suite, objective, protocol)
+    ranks, report = run(tmp_path / "2", 2, suite, objective, protocol)
+    steps = len(alone["gradients"])
+    assert steps >= 3
+    for rank in ranks:
+        assert len(rank["gradients"]) == steps
+        for got, wanted in zip(rank["gradients"], alone["gradients"], strict=True):
+            close(got, wanted)
+        close(rank["coefficients"], alone["coefficients"])
+        assert rank["test"] == ranks[0]["test"]
+    assert torch.stack(alone["gradients"]).abs().amax() > 1e-3  # there was something to compare
+    for seen, *parts in zip(alone["images"], *(rank["images"] for rank in ranks), strict=True):
+        for task, images in seen.items():
+            assert sorted(chain.from_iterable(part[task] for part in parts)) == sorted(images)
+    assert report["tasks"] == expected["tasks"]
+    assert report["mean"] == pytest.approx(expected["mean"], abs=1e-12)
+    assert report["protocol"] == protocol
+    for task, row in report["tasks"].items():
+        size = len(suite.dataset(task, "test"))
+        assert row["n"] == (size - round(0.5 * size) if protocol == "split" else size)
+        assert ("final_accuracy" in row) == (protocol == "online")
+
+
+def test_validation_inside_a_fit_is_exact_and_has_no_references(tmp_path: Path) -> None:
+    (alone,), _ = run(tmp_path / "1", 1, epochs=3)
+    ranks, _ = run(tmp_path / "2", 2, epochs=3)
+    assert len(alone["validation"]) == 3
+    for rank in ranks:
+        assert rank["validation"] == alone["validation"]
+    first = alone["validation"][0]
+    assert {task: row["n"] for task, row in first["tasks"].items()} == {"task.a": 13, "task.b": 1, "task.c": 22}
+    assert set(first["mean"]) == {"accuracy"}
+
+
+def test_recalibrated_statistics_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
+    options = {"buffers": "recalibrate"}
+    (_,), expected = run(tmp_path / "1", 1, epochs=1, model_options=options)
+    _, report = run(tmp_path / "2", 2, epochs=1, model_options=options)
+    assert report["tasks"] == expected["tasks"]
+
+
+def test_accumulated_gradients_are_those_of_one_rank(tmp_path: Path) -> None:
+    (alone,), _ = run(tmp_path / "1", 1, epochs=2, accumulate_grad_batches=2, objective=ALL)
+    ranks, _ = run(tmp_path / "2", 2, epochs=2, accumulate_grad_batches=2, objective=ALL)
+    for rank in ranks:
+        close(torch.stack(rank["gradients"]), torch.stack(alone["gradients"]))
+
+
+def test_a_method_that_learns_nothing_is_scored_by_all_ranks(tmp_path: Path) -> None:
+    reports = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        suite = odd()
+        engine = trainer(folder, ranks, callbacks=[Report(), Record(folder)])
+        model = TaskArithmetic(suite=suite, scale=0.3)
+        engine.validate(model, datamodule=TaskDataModule(suite, eval_batch_size=4), verbose=False)
+        reports.append(json.loads((folder / "report.json").read_text())["tasks"])
+    assert reports[0] == reports[1]
+    assert sum(row["n"] for row in reports[1].values()) == 36
+
+
+class OneRank(L.Callback):
+    """Fails if a file is written by another rank than the first."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.global_rank == 0:
+            return
+        inherited = Path.open, Path.replace, Path.mkdir, os.replace, os.rename, os.makedirs
+
+        def refuse(*args: Any, **_: Any) -> None:
+            raise AssertionError(f"rank {trainer.global_rank} writes {args}")
+
+        def reading(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            return refuse(path) if set(mode) & set("wax+") else inherited[0](path, mode, *args, **kwargs)
+
+        Path.open = reading  # type: ignore[method-assign]
+        Path.replace = refuse  # type: ignore[method-assign, assignment]
+        os.replace = os.rename = refuse  # type: ignore[assignment]
+
+
+def test_files_are_written_by_rank_zero_only(tmp_path: Path) -> None:
+    suite = odd()
+    model = AdaMerging(suite=suite)
+    callbacks = [OneRank(), Report(), CollapseMonitor(2), CoefficientMonitor(1), ResumePoint(1), ExportMerge()]
+    engine = trainer(tmp_path, 2, max_epochs=1, callbacks=callbacks)
+    engine.fit(model, datamodule=TaskDataModule(suite, batch_size=4))
+    engine.test(model, datamodule=TaskDataModule(suite, batch_size=4), verbose=False)
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found >= {"last.ckpt", "report.json", "coefficients.csv", "coefficients.png"}
+    assert not [name for name in found if "tmp" in name]
+
+
+class Unequal(ToySuite):
+    """What happens when one machine has another file."""
+
+    def expert(self, task: str) -> Any:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return expert_state(network("cnn"), 77 + rank) if task == self.tasks[0] else super().expert(task)
+
+
+def test_banks_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    suite = Unequal("cnn")
+    engine = trainer(tmp_path, 2, max_epochs=1)
+    with pytest.raises(Exception, match="base or experts differ between ranks; all ranks must read the same files"):
+        engine.fit(AdaMerging(suite=suite), datamodule=TaskDataModule(suite, batch_size=4))
+
+
+@pytest.mark.parametrize("protocol", ["transductive", "split", "online"])
+def test_the_plain_trainer_leaves_the_samplers_alone(tmp_path: Path, protocol: str) -> None:
+    suite = ToySuite("mlp")
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    # use_distributed_sampler is on by default: Lightning would replace samplers that it does not know
+    engine = L.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder, callbacks=[Record(folder)],
+    )  # fmt: skip
+    data = TaskDataModule(suite, batch_size=4, seed=3, protocol=protocol)  # type: ignore[arg-type]
+    model = AdaMerging(suite=suite, optimizer=partial(torch.optim.SGD, lr=0.05))
+    engine.fit(model, datamodule=data)
+    engine.test(model, datamodule=data, verbose=False)
+    (alone,), _ = run(tmp_path / "1", 1, suite, protocol=protocol, epochs=1)
+    close(model.coefficients.detach(), alone["coefficients"], 1e-6)
+    recorded = [torch.load(folder / f"fit-{rank}.pt") for rank in range(2)]
+    for seen, *parts in zip(alone["images"], *(rank["images"] for rank in recorded), strict=True):
+        for task, images in seen.items():
+            assert sorted(chain.from_iterable(part[task] for part in parts)) == sorted(images)
+    for rank in range(2):
+        assert torch.load(folder / f"test-{rank}.pt")["results"]["tasks"] == alone["test"]["tasks"]
+
+
+def arguments(*more: str) -> list[str]:
+    return [
+        *("fit", "--config", "adamerging.yaml", "--suite", "toys.ToySuite", "--trainer.accelerator", "cpu"),
+        *("--trainer.max_epochs", "2", "--trainer.enable_progress_bar", "false", "--data.steps_per_epoch", "4"),
+        *("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.05"),
+        *more,
+    ]
+
+
+@pytest.mark.slow
+def test_the_real_command_with_two_processes(tmp_path: Path) -> None:
+    main(arguments("--data.batch_size", "8"))
+    alone = tmp_path / "runs" / "adamerging" / "version_0"
+    paths = [str(Path(__file__).parent), str(Path(lit_merge.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    (tmp_path / "ddp").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_merge",
+         *arguments("--data.batch_size", "4", "--trainer.strategy", "ddp", "--trainer.devices", "2")],
+        cwd=tmp_path / "ddp", env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("AdaMerging on toys") == 1  # one table
+    folder = tmp_path / "ddp" / "runs" / "adamerging" / "version_0"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in alone.iterdir())
+    reports = [json.loads((path / "report.json").read_text()) for path in (alone, folder)]
+    for key in ("method", "suite", "protocol", "seed", "versions"):
+        assert reports[0][key] == reports[1][key]
+    assert reports[0]["tasks"] == reports[1]["tasks"]
+    assert reports[0]["mean"] == pytest.approx(reports[1]["mean"], abs=1e-12)
+    states = [torch.load(path / "last.ckpt", weights_only=True) for path in (alone, folder)]
+    close(*(state["state_dict"]["coefficients"] for state in states), tolerance=1e-6)
+    assert states[0]["global_step"] == states[1]["global_step"] == 8
+
+
+class Die(L.Callback):
+    """Kills each rank at the start of a step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_killed_ranks_go_on_with_their_stream(tmp_path: Path) -> None:
+    def fit(folder: Path, *more: L.Callback) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        suite = odd()
+        engine = trainer(folder, 2, max_epochs=1, callbacks=[Report(), ResumePoint(1), *more])
+        data = TaskDataModule(suite, batch_size=2, protocol="online", seed=3)
+        engine.fit(AdaMerging(suite=suite, objective=ALL), datamodule=data, ckpt_path="last")
+        content: dict[str, Any] = torch.load(folder / "last.ckpt", weights_only=True)
+        return content
+
+    expected = fit(tmp_path / "straight")
+    with pytest.raises(ProcessExitedException):
+        fit(tmp_path / "killed", Die())
+    assert torch.load(tmp_path / "killed" / "last.ckpt", weights_only=True)["global_step"] in (2, 3)
+    got = fit(tmp_path / "killed")
+    assert got["global_step"] == expected["global_step"] == 6
+    assert torch.equal(got["state_dict"]["coefficients"], expected["state_dict"]["coefficients"])
+    counts = got["lit_merge_stream"]
+    assert counts == expected["lit_merge_stream"]
+    assert {task: total for task, (_, total) in counts.items()} == {"task.a": 13, "task.b": 1, "task.c": 22}
