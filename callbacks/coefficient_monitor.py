@@ -7,9 +7,9 @@ from pathlib import Path
 import lightning as L
 from torch import Tensor
 
-from lit_merge.callbacks._sinks import log_image, run_dir, save_rows
 from lit_merge.errors import require
 from lit_merge.module import MergeModule
+from lit_merge.sinks import log_image, run_dir, save_rows
 
 __all__ = ("CoefficientMonitor",)
 

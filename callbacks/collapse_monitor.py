@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_merge.callbacks._sinks import log_table
 from lit_merge.errors import MergeError
+from lit_merge.sinks import log_table
 
 __all__ = ("CollapseMonitor",)
 
@@ -99,7 +99,8 @@ class CollapseMonitor(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the window so far; rank zero writes the checkpoint, so it has the sums of all ranks."""
-        sums = {task: trainer.strategy.reduce(local.clone(), reduce_op="sum").cpu() for task, local in self._sums.items()}
+        copies = {task: local.clone() for task, local in self._sums.items()}  # reduced in place
+        sums = {task: trainer.strategy.reduce(local, reduce_op="sum").cpu() for task, local in copies.items()}
         checkpoint["lit_merge_predictions"] = sums
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

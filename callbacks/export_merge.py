@@ -6,10 +6,10 @@ from pathlib import Path
 
 import lightning as L
 
-from lit_merge.callbacks._sinks import log_file, run_dir
 from lit_merge.checkpoints.export import write_merged
 from lit_merge.module import MergeModule
 from lit_merge.provenance import provenance
+from lit_merge.sinks import log_file, run_dir
 
 __all__ = ("ExportMerge",)
 

@@ -10,8 +10,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from lit_merge.callbacks._sinks import run_dir
 from lit_merge.checkpoints.atomic import atomic_path
+from lit_merge.sinks import run_dir
 
 __all__ = ("LogConfig",)
 

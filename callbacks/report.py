@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lit_merge.callbacks._sinks import log_table, run_dir
 from lit_merge.callbacks._stream_score import StreamScore
 from lit_merge.checkpoints.export import write_json
 from lit_merge.module import MergeModule
 from lit_merge.provenance import versions
+from lit_merge.sinks import log_table, run_dir
 
 __all__ = ("Report",)
 

@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_merge.callbacks._sinks import run_dir
 from lit_merge.errors import MergeError
+from lit_merge.sinks import run_dir
 
 __all__ = ("ResumePoint",)
 

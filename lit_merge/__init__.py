@@ -26,6 +26,7 @@ _HOMES = {
     "MiniSuite": "lit_merge.suites",
     "NetworkSuite": "lit_merge.suites",
     "Objective": "lit_merge.objectives",
+    "RunLogger": "lit_merge.loggers",
     "SimpleAverage": "lit_merge.methods",
     "Suite": "lit_merge.suites",
     "TaskArithmetic": "lit_merge.methods",
@@ -50,6 +51,7 @@ __all__ = (
     "MiniSuite",
     "NetworkSuite",
     "Objective",
+    "RunLogger",
     "SimpleAverage",
     "Suite",
     "TaskArithmetic",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from lit_merge.cli import main
     from lit_merge.data import TaskDataModule
     from lit_merge.errors import MergeError
+    from lit_merge.loggers import RunLogger
     from lit_merge.methods import AdaMerging, Dare, SimpleAverage, TaskArithmetic, Ties
     from lit_merge.module import MergeModule
     from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum

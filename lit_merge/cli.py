@@ -44,7 +44,7 @@ class BundledConfigFile(ActionConfigFile):
             if found is None and "\n" not in values and "{" not in values:
                 parser.error(f"--config: no file {values!r}, and no bundled config of that name{hint_config(values)}")
             values = values if found is None else str(found)
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
 def hint_config(name: str) -> str:

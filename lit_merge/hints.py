@@ -79,7 +79,8 @@ def argument_names() -> list[str]:
 
 
 def _subclasses(kind: type) -> Iterator[type]:
-    for child in kind.__subclasses__():
+    children: list[type] = kind.__subclasses__()
+    for child in children:
         if not child.__name__.startswith("_"):
             yield child
         yield from _subclasses(child)

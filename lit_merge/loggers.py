@@ -42,7 +42,7 @@ class RunLogger(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """The writer of this run's files."""
-        if self._experiment is None:
+        if not isinstance(self._experiment, _RunWriter):
             self._experiment = _RunWriter(self.log_dir)
         return self._experiment
 

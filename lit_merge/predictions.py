@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from lit_merge.callbacks._sinks import run_dir, save_rows
+from lit_merge.sinks import run_dir, save_rows
 
 __all__ = ("write_predictions",)
 
@@ -24,7 +24,7 @@ def write_predictions(trainer: L.Trainer, outputs: Any) -> Path:  # noqa: ANN401
     Returns:
         Path of the file, which has the predictions of all ranks in the order of the images.
     """
-    rows = list(_rows(outputs or ()))
+    rows: list[tuple[str, int, int]] = list(_rows(outputs or ()))
     if dist.is_available() and dist.is_initialized():
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, rows)
@@ -32,7 +32,8 @@ def write_predictions(trainer: L.Trainer, outputs: Any) -> Path:  # noqa: ANN401
     path = run_dir(trainer) / "predictions.csv"
     if trainer.is_global_zero:
         tasks = {task: number for number, task in enumerate(dict.fromkeys(row[0] for row in rows))}
-        save_rows(path, ["task", "index", "prediction"], sorted(rows, key=lambda row: (tasks[row[0]], row[1])))
+        ordered = sorted(rows, key=lambda row: (tasks[row[0]], row[1]))
+        save_rows(path, ["task", "index", "prediction"], ordered)
     return path
 
 

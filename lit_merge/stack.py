@@ -102,7 +102,7 @@ class Stack(nn.Module):
     def contract(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Merge with coefficients ``(T, L)``; see :meth:`lit_merge.TaskVectors.contract`."""
         with torch.autocast(self.device.type, enabled=False):  # coefficient arithmetic is never in half precision
-            return dict(zip(self.names, _Contract.apply(coefficients, self), strict=True))  # type: ignore[no-untyped-call]
+            return dict(zip(self.names, _Contract.apply(coefficients, self), strict=True))
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""

@@ -8,12 +8,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_merge.callbacks._sinks import run_dir
 from lit_merge.checkpoints.export import write_merged
 from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.provenance import provenance
+from lit_merge.sinks import run_dir
 
 __all__ = ("MergeTrainer",)
 
@@ -29,7 +29,7 @@ class MergeTrainer(L.Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(*args, **kwargs)
 
-    def fit(  # type: ignore[override]
+    def fit(
         self,
         model: L.LightningModule,
         train_dataloaders: Any = None,  # noqa: ANN401

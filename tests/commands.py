@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from lit_merge.cli import MergeCLI, main
 
@@ -30,6 +33,20 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str, status: int) -> str:
         main(list(args))
     assert exit_.value.code == status
     return capsys.readouterr().err
+
+
+@contextmanager
+def wandb_mode(mode: str) -> Iterator[None]:
+    """W&B without an account; in one process a new run needs the end of the one before."""
+    settings = {"MODE": mode, "SILENT": "true", "DIR": ".", "ERROR_REPORTING": "false"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in settings.items():
+            patch.setenv(f"WANDB_{key}", value)
+        patch.delenv("WANDB_API_KEY", raising=False)
+        try:
+            yield
+        finally:
+            wandb.finish()
 
 
 def report(folder: Path | str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import TINY, report
+from commands import TINY, report, wandb_mode
 
 from lit_merge import configs
 from lit_merge.cli import main
@@ -67,12 +67,11 @@ def test_method(name: str) -> None:
 
 @pytest.mark.parametrize("name", OVERLAYS)
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
-def test_overlay(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in (("MODE", mode), ("SILENT", "true"), ("DIR", "."), ("ERROR_REPORTING", "false")):
-        monkeypatch.setenv(f"WANDB_{key}", value)
+def test_overlay(name: str, mode: str) -> None:
     if name.startswith("suites/"):
         pytest.skip("an overlay that replaces the suite needs its networks")
-    model, folder = ran("fit", "--config", "adamerging", "--config", name, *TINY)
+    with wandb_mode(mode):
+        model, folder = ran("fit", "--config", "adamerging", "--config", name, *TINY)
     check_traces(model, folder)
     assert (folder / "export/merged.safetensors").is_file()
 

@@ -153,10 +153,10 @@ def test_a_merge_can_be_trained_after_it_was_evaluated() -> None:
     # evaluation runs in inference mode, and tensors from there cannot take part in training
     suite = ToySuite("cnn")
     for buffers in ("average", "base", "recalibrate"):
-        model, data = AdaMerging(suite=suite, buffers=buffers), TaskDataModule(suite, batch_size=4, seed=0)  # type: ignore[arg-type]
+        model, data = AdaMerging(suite=suite, buffers=buffers), TaskDataModule(suite, batch_size=4, seed=0)
         trainer().test(model, datamodule=data, verbose=False)
         trainer(max_epochs=1).fit(model, datamodule=data)
-        fresh = AdaMerging(suite=suite, buffers=buffers)  # type: ignore[arg-type]
+        fresh = AdaMerging(suite=suite, buffers=buffers)
         trainer(max_epochs=1).fit(fresh, datamodule=TaskDataModule(suite, batch_size=4, seed=0))
         assert torch.equal(model.coefficients, fresh.coefficients)
 
@@ -276,6 +276,7 @@ def test_recalibration_leaves_a_network_without_batch_norm_as_it_is(tmp_path: Pa
 
 def test_an_expert_that_is_never_right_does_not_divide_by_zero() -> None:
     scores = TaskScores(["x", "empty"])
+    scores.reset()
     right, wrong = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     for kind, logits in (("merged", right), ("expert", wrong), ("base", wrong)):
         for _ in range(4):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import wandb
 from callbacks_helpers import trainer_of
-from commands import report, run
+from commands import report, run, wandb_mode
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from toys import ToySuite
 
+from lit_merge.callbacks import ResumePoint
 from lit_merge.data import TaskDataModule
 from lit_merge.loggers import RunLogger
 from lit_merge.methods import AdaMerging
@@ -35,12 +38,6 @@ def logged(path: str | Path, key: str) -> dict[int, float]:
 class TestAlike:
     """One fit with each; the numbers are the same, and the files are in the folder of the run."""
 
-    @pytest.fixture(autouse=True)
-    def _no_account(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for key, value in (("SILENT", "true"), ("DIR", "."), ("ERROR_REPORTING", "false")):
-            monkeypatch.setenv(f"WANDB_{key}", value)
-        monkeypatch.delenv("WANDB_API_KEY", raising=False)
-
     @pytest.fixture(scope="class")
     def expected(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("expected")
@@ -54,7 +51,9 @@ class TestAlike:
 
     @pytest.mark.parametrize("name", ["RunLogger", "CSVLogger"])
     def test_csv(self, name: str, expected: dict[str, Any]) -> None:
-        run("fit", "adamerging", f"--trainer.logger={name}", "--trainer.logger.save_dir=logs", "--trainer.logger.name=x")
+        run(
+            "fit", "adamerging", f"--trainer.logger={name}", "--trainer.logger.save_dir=logs", "--trainer.logger.name=x"
+        )
         folder = Path("logs/x/version_0")
         self.check(folder, expected)
         table = {row["task"]: row for row in rows(folder / "report.csv")}
@@ -64,8 +63,7 @@ class TestAlike:
 
     def test_tensorboard(self, expected: dict[str, Any]) -> None:
         pytest.importorskip("tensorboard")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+        EventAccumulator = import_module("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
         options = ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=logs", "--trainer.logger.name=x"]
         run("fit", "adamerging", *options)
         folder = Path("logs/x/version_0")
@@ -77,29 +75,26 @@ class TestAlike:
         assert b"| mean |" in table
         assert len(table.decode().splitlines()) == 2 + 4
 
-    def test_wandb_offline(self, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        cli = run("fit", "adamerging", "--config", "wandb")
-        logger = cli.trainer.logger
-        assert isinstance(logger, WandbLogger)
-        folder = Path("runs/lit-merge") / str(logger.version)
-        self.check(folder, expected)
-        assert logger.experiment.summary["test/accuracy"] == pytest.approx(expected["mean"]["accuracy"])
-        assert dict(logger.experiment.config)["config"]["model"]["class_path"] == "lit_merge.methods.AdaMerging"
+    def test_wandb_offline(self, expected: dict[str, Any]) -> None:
+        with wandb_mode("offline"):
+            logger = run("fit", "adamerging", "--config", "wandb").trainer.logger
+            assert isinstance(logger, WandbLogger)
+            summary, config = dict(logger.experiment.summary), dict(logger.experiment.config)
+        self.check(Path("runs/lit-merge") / str(logger.version), expected)
+        assert summary["test/accuracy"] == pytest.approx(expected["mean"]["accuracy"])
+        assert config["config"]["model"]["class_path"] == "lit_merge.methods.AdaMerging"
         (media,) = Path("runs/wandb").glob("offline-run-*/files/media")
         assert list(media.glob("table/report*.table.json"))
         assert list(media.glob("images/coefficients*.png"))
 
-    def test_wandb_disabled(self, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("WANDB_MODE", "disabled")
-        run("fit", "adamerging", "--config", "wandb")
+    def test_wandb_disabled(self, expected: dict[str, Any]) -> None:
+        with wandb_mode("disabled"):
+            run("fit", "adamerging", "--config", "wandb")
         (folder,) = Path("runs/lit-merge").iterdir()
         self.check(folder, expected)
         assert not list(Path("runs").rglob("*.wandb"))
 
     def test_the_default_run_does_not_touch_wandb(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import wandb
-
         monkeypatch.setattr(wandb, "init", lambda *args, **kwargs: pytest.fail("asked for W&B"))
         monkeypatch.setattr(sys, "stdin", None)
         run("fit", "adamerging")
@@ -165,8 +160,6 @@ class TestRunLogger:
         assert logged(path, "train/loss") == after
 
     def test_a_checkpoint_comes_after_the_metrics_before_it(self) -> None:
-        from lit_merge.callbacks import ResumePoint
-
         suite = ToySuite("mlp")
         logger = RunLogger("runs", "x", version=0, flush_logs_every_n_steps=1000)
         seen: list[int] = []
@@ -176,6 +169,6 @@ class TestRunLogger:
                 super().on_train_epoch_end(trainer, pl_module)
                 seen.append(len(logged("runs/x/version_0/metrics.csv", "train/loss")))
 
-        trainer = trainer_of(Look(), logger=logger, max_epochs=2, log_every_n_steps=1)
+        trainer = trainer_of(Look(), logger=logger, max_epochs=2, log_every_n_steps=1, enable_checkpointing=True)
         trainer.fit(AdaMerging(suite=suite), datamodule=TaskDataModule(suite=suite, steps_per_epoch=3))
         assert seen == [3, 6]

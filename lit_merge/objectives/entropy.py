@@ -16,9 +16,8 @@ def entropy(logits: Tensor) -> Tensor:
     >>> entropy(torch.zeros(1, 4))
     tensor([1.3863])
     """
-    log_p = at_least_float32(logits).log_softmax(
-        -1
-    )  # exact for confident predictions, also under half-precision autocast
+    # through the logarithm: exact for confident predictions, also under half-precision autocast
+    log_p = at_least_float32(logits).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 
 

@@ -131,16 +131,16 @@ def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
 def _paper(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
     """Dark ink on light, uneven paper; grey."""
     n = len(masks)
-    ground = rng.uniform(0.6, 1.0, (n, 1, 1)) + _slopes(n, 0.25, rng)
-    ink = rng.uniform(0.0, 0.35, (n, 1, 1))
+    ground = rng.uniform(0.7, 1.0, (n, 1, 1)) + _slopes(n, 0.25, rng)
+    ink = rng.uniform(0.0, 0.3, (n, 1, 1))
     return _to_pixels((ground + (ink - ground) * masks)[:, None], 0.05, rng)
 
 
 def _chalk(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
     """Light, crumbling strokes on a dark board; grey."""
     n = len(masks)
-    crumbs = rng.uniform(0.3, 1.0, masks.shape)
-    board = rng.uniform(0.05, 0.3, (n, 1, 1)) + _slopes(n, 0.2, rng)
+    crumbs = rng.uniform(0.5, 1.0, masks.shape)
+    board = rng.uniform(0.05, 0.2, (n, 1, 1)) + _slopes(n, 0.2, rng)
     return _to_pixels((board + (1 - board) * masks * crumbs)[:, None], 0.06, rng)
 
 
@@ -148,7 +148,7 @@ def _neon(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
     """Bright colours on a dark ground that shades from one colour into another."""
     n = len(masks)
     ground = rng.uniform(0, 0.4, (n, 3, 1, 1)) + _slopes(3 * n, 0.2, rng).reshape(n, 3, SIZE, SIZE)
-    ink = rng.uniform(0.5, 1.0, (n, 3, 1, 1))
+    ink = rng.uniform(0.6, 1.0, (n, 3, 1, 1))
     return _to_pixels(ground + (ink - ground) * masks[:, None], 0.04, rng)
 
 

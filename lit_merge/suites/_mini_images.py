@@ -19,12 +19,12 @@ from lit_merge.suites._mini_pictures import PICTURE_TASKS, crop_task
 
 __all__ = ("CLASSES", "IMAGES_VERSION", "IMAGE_SIZE", "TaskImages", "build_images")
 
-IMAGES_VERSION = 3  # raised with every change of how images are made
+IMAGES_VERSION = 4  # raised with every change of how images are made
 IMAGE_SIZE = 28
 _TRAIN, _TEST = 2400, 600  # images of a task, where there are enough
 _BLUR = 1  # passes of a binomial filter, each with a standard deviation of 0.7 pixels
-_GAIN = 0.6  # brightness
-_NOISE = 0.12  # standard deviation of the noise of a pixel, of white
+_BLACK, _WHITE = 0.12, 0.62  # what black and white become
+_NOISE = 0.06  # standard deviation of the noise of a pixel, of white
 
 CLASSES: dict[str, int] = {
     "mnist": 10,
@@ -74,7 +74,7 @@ def _camera(images: Pixels, rng: np.random.Generator) -> Pixels:
     values = images.astype(np.float32) / 255
     for _ in range(_BLUR):
         values = _binomial(_binomial(values).swapaxes(2, 3)).swapaxes(2, 3)
-    seen = _GAIN * values + _NOISE * rng.standard_normal(values.shape, dtype=np.float32)
+    seen = _BLACK + (_WHITE - _BLACK) * values + _NOISE * rng.standard_normal(values.shape, dtype=np.float32)
     return (np.clip(seen, 0, 1) * 255).round().astype(np.uint8)
 
 

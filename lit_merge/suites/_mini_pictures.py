@@ -31,12 +31,14 @@ class PictureTask:
         mode: Pillow mode of the crops, ``"L"`` (grey) or ``"RGB"``.
         side: Smallest and largest side of a crop, as a fraction of the picture's shorter side.
         contrast: Largest relative change of contrast and brightness.
+        equalise: Whether all crops get about the same contrast first.
     """
 
     files: Sequence[str]
     mode: str
     side: tuple[float, float]
     contrast: float
+    equalise: bool
 
 
 PICTURE_TASKS: dict[str, PictureTask] = {
@@ -46,6 +48,7 @@ PICTURE_TASKS: dict[str, PictureTask] = {
         "L",
         (0.2, 0.4),
         0.3,
+        equalise=True,
     ),
     "photos": PictureTask(
         ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "china.jpg", "flower.jpg")
@@ -53,6 +56,7 @@ PICTURE_TASKS: dict[str, PictureTask] = {
         "RGB",
         (0.25, 0.5),
         0.2,
+        equalise=False,
     ),
 }
 
@@ -75,7 +79,7 @@ def crop_task(task: PictureTask, split: int, count: int, rng: np.random.Generato
     labels = np.arange(count) % len(regions)
     crops = np.stack([_crop(regions[label], task.side, rng) for label in labels])
     crops = crops[:, None] if crops.ndim == 3 else crops.transpose(0, 3, 1, 2)
-    return _relight(crops, task.contrast, rng), labels
+    return _relight(crops, task, rng), labels
 
 
 def _region(picture: Image.Image, split: int) -> Image.Image:
@@ -97,13 +101,15 @@ def _crop(region: Image.Image, side: tuple[float, float], rng: np.random.Generat
     return pixels[:, ::-1] if rng.random() < 0.5 else pixels
 
 
-def _relight(crops: Pixels, strength: float, rng: np.random.Generator) -> Pixels:
+def _relight(crops: Pixels, task: PictureTask, rng: np.random.Generator) -> Pixels:
     """Change contrast and brightness of every crop at random, so that the mean grey does not give the class away."""
-    n = len(crops)
+    shape = (len(crops), 1, 1, 1)
     values = crops.astype(np.float32) / 255
     mean = values.mean(axis=(1, 2, 3), keepdims=True)
-    contrast = np.exp(rng.uniform(-strength, strength, (n, 1, 1, 1)))
-    level = mean + strength * (rng.uniform(0.2, 0.8, (n, 1, 1, 1)) - mean)
+    contrast = np.exp(rng.uniform(-task.contrast, task.contrast, shape))
+    if task.equalise:
+        contrast *= 0.2 / values.std(axis=(1, 2, 3), keepdims=True).clip(0.02)
+    level = mean + task.contrast * (rng.uniform(0.2, 0.8, shape) - mean)
     return (np.clip((values - mean) * contrast + level, 0, 1) * 255).round().astype(np.uint8)
 
 

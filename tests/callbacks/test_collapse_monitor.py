@@ -49,13 +49,17 @@ class Scripted(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def loader_of(steps: int) -> DataLoader[Tensor]:
+    """As many batches."""
+    return DataLoader(torch.zeros(steps, 1), batch_size=1)  # type: ignore[arg-type]
+
+
 def run(monitor: CollapseMonitor, steps: int = 8, options: dict[str, Any] | None = None, **tasks: Logits) -> list[str]:
     """Train for some steps; return the warnings about collapse."""
     logger = RunLogger("runs", "here", version=0)
-    loader = DataLoader(torch.zeros(steps, 1), batch_size=1)  # type: ignore[arg-type]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer_of(monitor, logger=logger, **(options or {})).fit(Scripted(**tasks), loader)
+        trainer_of(monitor, logger=logger, **(options or {})).fit(Scripted(**tasks), loader_of(steps))
     return [str(w.message) for w in caught if "collapse" in str(w.message)]
 
 
@@ -115,15 +119,14 @@ def test_accumulated_batches_are_one_window() -> None:
 
 
 def test_a_resumed_run_remembers() -> None:
-    loader = DataLoader(torch.zeros(8, 1), batch_size=1)  # type: ignore[arg-type]
     first = trainer_of(CollapseMonitor(2), max_steps=3, max_epochs=-1)
-    first.fit(Scripted(bad=collapsing), loader)
+    first.fit(Scripted(bad=collapsing), loader_of(8))
     monitor = first.callbacks[0]  # type: ignore[attr-defined]
     monitor._sums = {"bad": torch.ones(2, CLASSES)}  # a window is open
     first.save_checkpoint("last.ckpt", weights_only=False)
     second = CollapseMonitor(2)
     trainer = trainer_of(second, max_steps=3, max_epochs=-1)
-    trainer.fit(Scripted(bad=collapsing), loader, ckpt_path="last.ckpt")
+    trainer.fit(Scripted(bad=collapsing), loader_of(8), ckpt_path="last.ckpt")
     assert second._largest == monitor._largest
     assert second.state_dict() == monitor.state_dict()
     content = torch.load("last.ckpt", weights_only=True)

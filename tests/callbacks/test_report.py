@@ -131,7 +131,9 @@ class Recorder(L.Callback):
         self.hits: dict[str, list[bool]] = {}
         self._state: dict[str, torch.Tensor] = {}
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         assert isinstance(pl_module, MergeModule)
         state = pl_module.merged_state()
         for task, part in batch.items():

@@ -78,7 +78,8 @@ def test_gradient_equals_autograd(kind: Kind, granularity: Any, dtype: str, tole
     module = AdaMerging(suite=suite, granularity=granularity, init=0.2)
     module.configure_model()
     with torch.no_grad():
-        module.coefficients += 0.05 * torch.randn(module.coefficients.shape, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(module.coefficients.shape, generator=torch.Generator().manual_seed(1))
+        module.coefficients.add_(noise, alpha=0.05)
     batch = batch_of(suite, 5, getattr(torch, dtype))
     loss, gradient = step_gradient(module, batch)
     naive_loss, naive = naive_gradient(module, suite, batch)

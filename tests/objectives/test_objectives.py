@@ -82,7 +82,12 @@ def test_weighted_sum() -> None:
 @pytest.mark.parametrize("objective", [Entropy(), ExpertAlignment("kl"), ExpertAlignment("l1"), ExpertAlignment("l2")])
 def test_ranks_average_to_one(objective: Objective) -> None:
     whole = output()
-    halves = [TaskOutput(*(x[part] for x in whole[:4] if x is not None)) for part in (slice(0, 3), slice(3, 6))]
+    assert whole.expert_logits is not None
+    assert whole.expert_features is not None
+    halves = [
+        TaskOutput(whole.logits[p], whole.features[p], whole.expert_logits[p], whole.expert_features[p])
+        for p in (slice(0, 3), slice(3, 6))
+    ]
     torch.testing.assert_close((objective(halves[0]) + objective(halves[1])) / 2, objective(whole))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lit_merge.checkpoints.atomic import atomic_path
 
@@ -68,7 +68,7 @@ def log_file(trainer: L.Trainer, name: str, kind: str, folder: Path) -> None:
             logger.experiment.log_artifact(artifact)
 
 
-def _is_live(logger: Logger) -> bool:
+def _is_live(logger: WandbLogger) -> bool:
     return not getattr(logger.experiment, "disabled", False)
 
 
