@@ -51,7 +51,7 @@ class CollapseMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
     ) -> None:  # fmt: skip
         """Add up predictions; at the end of a window, log and check them."""
-        for task, logits in outputs["logits"].items():
+        for task, logits in _logits(outputs).items():
             self._sums[task] = self._sums.get(task, 0) + _counts(logits)
         step = trainer.global_step
         if step > self._closed and step % self.every_n_steps == 0:  # several batches may make one step
@@ -108,6 +108,11 @@ class CollapseMonitor(L.Callback):
         share = float(trainer.is_global_zero)
         sums = checkpoint.get("lit_merge_predictions", {})
         self._sums = {task: share * total.to(trainer.strategy.root_device) for task, total in sums.items()}
+
+
+def _logits(outputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever a training step returns
+    """Logits per task; a method with a training step of its own may return none."""
+    return dict(outputs.get("logits", {})) if isinstance(outputs, dict) else {}
 
 
 def _counts(logits: Tensor) -> Tensor:

@@ -13,12 +13,13 @@ from lit_merge.transforms import Transform
 __all__ = ("check_fingerprint", "fingerprint")
 
 
-def fingerprint(bank: TaskVectors, transforms: Sequence[Transform]) -> dict[str, Any]:
-    """Return hashes of base, experts and tensor names, and the transforms; a few hundred bytes."""
+def fingerprint(bank: TaskVectors, heads: Mapping[str, str], transforms: Sequence[Transform]) -> dict[str, Any]:
+    """Return hashes of base, experts, heads and tensor names, and the transforms; a few hundred bytes."""
     return {
         "tasks": list(bank.tasks),
         "base": bank.digests[""],
         "experts": {task: bank.digests[task] for task in bank.tasks},
+        "heads": dict(heads),
         "names": hashlib.sha256("\n".join(bank.names).encode()).hexdigest(),
         "transforms": [repr(transform) for transform in transforms],
     }
@@ -36,6 +37,8 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         _compare(label, saved[key], current[key])
     for task, digest in saved["experts"].items():
         _compare(f"expert {task!r}", digest, current["experts"][task])
+    for task, digest in saved["heads"].items():
+        _compare(f"head of {task!r}", digest, current["heads"][task])
     _compare("order of the tensors", saved["names"], current["names"])
 
 

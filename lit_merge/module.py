@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_merge.checkpoints.digests import state_digest
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.evaluation import EvaluationSteps
@@ -126,6 +127,7 @@ class MergeModule(EvaluationSteps, ABC):
         )
         for transform in self.transforms:
             bank = bank.map(transform)
+        self.head_digests = {task: state_digest(self.suite.head(task).state_dict()) for task in self.suite.tasks}
         self.heads = nn.ModuleList(freeze_to_buffers(deepcopy(self.suite.head(task))) for task in self.suite.tasks)
         self.scores = TaskScores(self.suite.tasks)
         self.bank = bank
@@ -289,14 +291,18 @@ class MergeModule(EvaluationSteps, ABC):
         self.configure_model()
         return super().load_state_dict(state_dict, strict, assign)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return hashes of everything that the parameters belong to."""
+        return fingerprint(self.bank, self.head_digests, self.transforms)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which base, experts and transforms the parameters were learned with."""
-        checkpoint["lit_merge"] = fingerprint(self.bank, self.transforms)
+        checkpoint["lit_merge"] = self.fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse parameters that were learned with other networks."""
         self.configure_model()
-        check_fingerprint(checkpoint.get("lit_merge", {}), fingerprint(self.bank, self.transforms))
+        check_fingerprint(checkpoint.get("lit_merge", {}), self.fingerprint())
 
 
 def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:

@@ -9,7 +9,6 @@ from typing import Any
 import lightning as L
 
 from lit_merge import __version__
-from lit_merge.fingerprint import fingerprint
 from lit_merge.module import MergeModule
 
 __all__ = ("provenance", "versions")
@@ -38,7 +37,7 @@ def provenance(trainer: L.Trainer, model: MergeModule) -> dict[str, Any]:
         "schema": 1,
         "method": type(model).__name__,
         "suite": model.suite.name,
-        **fingerprint(model.bank, model.transforms),
+        **model.fingerprint(),
         "hyperparameters": dict(model.hparams),
         "steps": trainer.global_step,
         "versions": versions(),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lit_merge.checkpoints.atomic import atomic_path
@@ -21,6 +22,8 @@ def run_dir(trainer: L.Trainer) -> Path:
 
     Two W&B runs in one ``save_dir`` have two folders.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return _folder(trainer)  # before the processes of a strategy meet, each has to see for itself
     path = str(_folder(trainer)) if trainer.is_global_zero else ""
     return Path(trainer.strategy.broadcast(path))
 

@@ -37,7 +37,7 @@ def batch(size: int = 8) -> dict[str, tuple[Tensor, Tensor]]:
 
 def trainer(**kwargs: Any) -> L.Trainer:
     """Return a silent Trainer."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **kwargs)
 
 
@@ -116,7 +116,7 @@ def test_optimizer_and_schedule_follow_the_recipe() -> None:
             """Note it."""
             rates.append(optimizer.param_groups[0]["lr"])
 
-    fit.callbacks.append(Watch())
+    fit.callbacks.append(Watch())  # type: ignore[attr-defined]
     fit.fit(module, loaders())
     assert rates == pytest.approx([0.1 * warmup_cosine(step, 2, 4) for step in range(4)])
     group = fit.optimizers[0].param_groups[0]

@@ -99,7 +99,13 @@ class ToySuite(NetworkSuite):
     """Three tasks of different sizes and numbers of classes."""
 
     def __init__(
-        self, kind: Kind = "cnn", tasks: int = 3, seed: int = 0, changed: bool = False, dtype: str = "float32"
+        self,
+        kind: Kind = "cnn",
+        tasks: int = 3,
+        seed: int = 0,
+        changed: bool = False,
+        dtype: str = "float32",
+        heads: int = 0,
     ) -> None:
         base = network(kind, seed).to(getattr(torch, dtype)).eval()
         names = [f"task.{chr(97 + t)}" for t in range(tasks)]  # a dot in a name must not matter
@@ -108,13 +114,13 @@ class ToySuite(NetworkSuite):
         if changed:
             experts[names[-1]] = expert_state(base, seed + 999)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            heads = {name: CosineHead(torch.randn(3 + t, width), scale=5.0) for t, name in enumerate(names)}
+            torch.manual_seed(seed + heads)
+            made = {name: CosineHead(torch.randn(3 + t, width), scale=5.0) for t, name in enumerate(names)}
         test = {name: ToyData(21 + 6 * t, 3 + t, seed + t) for t, name in enumerate(names)}
         super().__init__(
             network=base,
             experts=experts,  # type: ignore[arg-type]
-            heads={name: head.to(getattr(torch, dtype)) for name, head in heads.items()},
+            heads={name: head.to(getattr(torch, dtype)) for name, head in made.items()},
             test=test,  # type: ignore[arg-type]
             name="toys",
         )

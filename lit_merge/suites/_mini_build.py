@@ -44,7 +44,7 @@ class Recipe:
     pretrain_rate: float = 1e-3
     pretrain_smoothing: float = 0.1
     finetune_batch: int = 64
-    finetune_rate: float = 2e-4
+    finetune_rate: float = 4e-4
     weight_decay: float = 0.1
     warmup: float = 0.1  # share of the steps
     clip: float = 1.0
@@ -59,7 +59,8 @@ RECIPE = Recipe()
 
 def make_network() -> nn.Module:
     """Return the suite's vision transformer, freshly initialised."""
-    return small_vit(IMAGE_SIZE, width=RECIPE.width, layers=RECIPE.layers, output_dim=RECIPE.features)
+    network: nn.Module = small_vit(IMAGE_SIZE, width=RECIPE.width, layers=RECIPE.layers, output_dim=RECIPE.features)
+    return network
 
 
 def make_head(weight: Tensor) -> CosineHead:

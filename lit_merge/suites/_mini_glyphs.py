@@ -128,7 +128,7 @@ def _font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
         raise MergeError(f"{folder / face}.ttf cannot be read ({error}); reinstall matplotlib") from error
 
 
-def _paper(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
+def _paper(masks: npt.NDArray[np.floating], rng: np.random.Generator) -> Pixels:
     """Dark ink on light, uneven paper; grey."""
     n = len(masks)
     ground = rng.uniform(0.7, 1.0, (n, 1, 1)) + _slopes(n, 0.25, rng)
@@ -136,7 +136,7 @@ def _paper(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
     return _to_pixels((ground + (ink - ground) * masks)[:, None], 0.05, rng)
 
 
-def _chalk(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
+def _chalk(masks: npt.NDArray[np.floating], rng: np.random.Generator) -> Pixels:
     """Light, crumbling strokes on a dark board; grey."""
     n = len(masks)
     crumbs = rng.uniform(0.5, 1.0, masks.shape)
@@ -144,7 +144,7 @@ def _chalk(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
     return _to_pixels((board + (1 - board) * masks * crumbs)[:, None], 0.06, rng)
 
 
-def _neon(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
+def _neon(masks: npt.NDArray[np.floating], rng: np.random.Generator) -> Pixels:
     """Bright colours on a dark ground that shades from one colour into another."""
     n = len(masks)
     ground = rng.uniform(0, 0.4, (n, 3, 1, 1)) + _slopes(3 * n, 0.2, rng).reshape(n, 3, SIZE, SIZE)
@@ -152,7 +152,7 @@ def _neon(masks: npt.NDArray[np.float32], rng: np.random.Generator) -> Pixels:
     return _to_pixels(ground + (ink - ground) * masks[:, None], 0.04, rng)
 
 
-_LOOKS: dict[Look, Callable[[npt.NDArray[np.float32], np.random.Generator], Pixels]] = {
+_LOOKS: dict[Look, Callable[[npt.NDArray[np.floating], np.random.Generator], Pixels]] = {
     "paper": _paper,
     "chalk": _chalk,
     "neon": _neon,

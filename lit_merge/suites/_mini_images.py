@@ -71,17 +71,17 @@ _Split = tuple[Pixels, Labels]
 
 def _camera(images: Pixels, rng: np.random.Generator) -> Pixels:
     """Take the images again with a poor camera: out of focus, dim, noisy."""
-    values = images.astype(np.float32) / 255
+    values: npt.NDArray[np.floating] = images.astype(np.float32) / 255
     for _ in range(_BLUR):
         values = _binomial(_binomial(values).swapaxes(2, 3)).swapaxes(2, 3)
     seen = _BLACK + (_WHITE - _BLACK) * values + _NOISE * rng.standard_normal(values.shape, dtype=np.float32)
     return (np.clip(seen, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _binomial(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _binomial(values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """Blur along the last axis with the weights 1/4, 1/2, 1/4; the border is repeated."""
     padded = np.pad(values, ((0, 0), (0, 0), (0, 0), (1, 1)), mode="edge")
-    return (padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
+    return np.asarray(padded[..., :-2] + 2 * padded[..., 1:-1] + padded[..., 2:]) / 4
 
 
 def _clean(task: str) -> tuple[_Split, _Split]:

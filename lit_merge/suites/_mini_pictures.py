@@ -41,18 +41,28 @@ class PictureTask:
     equalise: bool
 
 
+_MATERIALS = ("brick.png", "grass.png", "gravel.png")
+_SCENES = ("astronaut.png", "chelsea.png", "motorcycle_left.png", "rocket.jpg", "china.jpg")
+
 PICTURE_TASKS: dict[str, PictureTask] = {
     "textures": PictureTask(
-        ("brick.png", "grass.png", "gravel.png", "ihc.png", "hubble_deep_field.jpg", "moon.png", "coins.png")
-        + ("page.png", "text.png", "retina.jpg"),
+        (
+            *_MATERIALS,
+            "ihc.png",
+            "hubble_deep_field.jpg",
+            "moon.png",
+            "coins.png",
+            "page.png",
+            "text.png",
+            "retina.jpg",
+        ),
         "L",
         (0.2, 0.4),
         0.3,
         equalise=True,
     ),
     "photos": PictureTask(
-        ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "china.jpg", "flower.jpg")
-        + ("ihc.png", "retina.jpg", "logo.png"),
+        (*_SCENES, "coffee.png", "flower.jpg", "ihc.png", "retina.jpg", "logo.png"),
         "RGB",
         (0.25, 0.5),
         0.2,
@@ -110,7 +120,8 @@ def _relight(crops: Pixels, task: PictureTask, rng: np.random.Generator) -> Pixe
     if task.equalise:
         contrast *= 0.2 / values.std(axis=(1, 2, 3), keepdims=True).clip(0.02)
     level = mean + task.contrast * (rng.uniform(0.2, 0.8, shape) - mean)
-    return (np.clip((values - mean) * contrast + level, 0, 1) * 255).round().astype(np.uint8)
+    seen = np.asarray(np.clip((values - mean) * contrast + level, 0, 1))
+    return (seen * 255).round().astype(np.uint8)
 
 
 def _picture(file: str, mode: str) -> Image.Image:
