@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -176,7 +178,7 @@ def _fit(module: FineTuneModule, images: Mapping[str, Labelled], batch: int, ste
         task: DataLoader(_Batches(pair, batch, _derive(seed, f"batches/{task}")), batch_size=None)
         for task, pair in images.items()
     }
-    with _quiet():
+    with _quiet(), _honest_interrupt():
         trainer = L.Trainer(
             accelerator="cpu",
             strategy=SingleDeviceStrategy(device="cpu"),
@@ -188,12 +190,21 @@ def _fit(module: FineTuneModule, images: Mapping[str, Labelled], batch: int, ste
             enable_progress_bar=False,
             callbacks=[_Bar(title)],
         )
-        try:
-            trainer.fit(module, CombinedLoader(loaders, "min_size"))
-        except SystemExit as error:  # what Lightning makes of Ctrl-C; a notebook and an outer Trainer want the original
-            if trainer.interrupted:
-                raise KeyboardInterrupt from error
+        trainer.fit(module, CombinedLoader(loaders, "min_size"))
+
+
+@contextmanager
+def _honest_interrupt() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning ignores SIGINT from then on and exits, which kills a notebook."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
+        raise KeyboardInterrupt from error
 
 
 class _Bar(L.Callback):

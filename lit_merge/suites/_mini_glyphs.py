@@ -1,4 +1,7 @@
-"""Glyphs of the fonts inside matplotlib's wheel, rendered as small noisy images."""
+"""Glyphs of the fonts inside matplotlib's wheel, rendered as small noisy images.
+
+The fonts are DejaVu (Bitstream Vera licence), STIX (its own free licence) and BaKoMa's Computer Modern (free).
+"""
 
 from __future__ import annotations
 

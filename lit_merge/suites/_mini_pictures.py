@@ -1,4 +1,8 @@
-"""Crops of the photographs and micrographs inside the wheels of scikit-image and scikit-learn."""
+"""Crops of the photographs and micrographs inside the wheels of scikit-image and scikit-learn.
+
+The pictures of scikit-image are public domain or freely licensed, as the docstrings of ``skimage.data`` say one by one;
+``china.jpg`` and ``flower.jpg`` of scikit-learn are CC BY.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ class PictureTask:
     Attributes:
         files: One picture per class.
         mode: Pillow mode of the crops, ``"L"`` (grey) or ``"RGB"``.
-        side: Smallest and largest side of a crop, as a fraction of the picture's shorter side.
+        side: Smallest and largest side of a crop, as a fraction of the picture's height.
         contrast: Largest relative change of contrast and brightness.
         equalise: Whether all crops get about the same contrast first.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from itertools import product
@@ -198,8 +199,10 @@ class TestCache:
 
         (built.folder / "experts" / "fonts.safetensors").unlink()
         monkeypatch.setattr(build.FineTuneModule, "training_step", interrupt)
+        handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             built.prepare()
+        assert signal.getsignal(signal.SIGINT) is handler
         assert not (built.folder / "experts" / "fonts.safetensors").exists()
 
     def test_environment_of_a_distributed_run_is_no_obstacle(
