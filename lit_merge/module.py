@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
@@ -119,8 +120,10 @@ class MergeModule(EvaluationSteps, ABC):
             return
         self.suite.prepare()
         self.skeleton = Skeleton(self.suite.network())
+        base = self.suite.base()
+        check_keys("base", base, self.skeleton.keys, of="network", advice="give the state dict of this very network")
         bank = TaskVectors.from_state_dicts(
-            self.suite.base(),
+            {name: base[name] for name in self.skeleton.keys},  # columns go with depth, whatever a file's order is
             {task: self.suite.expert(task) for task in self.suite.tasks},
             buffers=self.skeleton.buffers_of,
             tied=self.skeleton.tied,

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from testers import bank
 from torch import Tensor
-from toys import expert_state, network
+from toys import ToySuite, expert_state, network
 
-from lit_merge import MergeError, TaskVectors
+from lit_merge import MergeError, NetworkSuite, TaskArithmetic, TaskVectors
 from lit_merge.checkpoints import state_digest
 
 
@@ -274,3 +274,32 @@ def test_contraction_is_linear_in_the_coefficients(tasks: int, scales: list[floa
         base = tv.base[name]
         expected = base + a * (right[0][name] - base) + b * (right[1][name] - base)
         torch.testing.assert_close(left[name], expected)
+
+
+def test_columns_go_with_the_network_whatever_the_order_of_a_file() -> None:
+    suite = ToySuite("vit")
+    turned = NetworkSuite(
+        network=suite.network(),
+        base=dict(sorted(suite.base().items())),
+        experts={task: dict(sorted(suite.expert(task).items())) for task in suite.tasks},
+        heads={task: suite.head(task) for task in suite.tasks},
+        test={task: suite.dataset(task, "test") for task in suite.tasks},  # type: ignore[misc]
+    )
+    banks = []
+    for each in (suite, turned):
+        module = TaskArithmetic(suite=each)
+        module.configure_model()
+        banks.append(module.bank)
+    assert banks[0].names == banks[1].names == tuple(name for name, _ in suite.network().named_parameters())
+
+
+class OtherBase(ToySuite):
+    """Its base is that of another network."""
+
+    def base(self) -> Mapping[str, Tensor]:
+        return {"w": torch.zeros(1)}
+
+
+def test_a_base_of_another_network_is_named() -> None:
+    with pytest.raises(MergeError, match=r"base: its tensors are not those of the network: .* 1 extra \(w\); give"):
+        TaskArithmetic(suite=OtherBase("mlp")).configure_model()

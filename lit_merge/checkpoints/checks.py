@@ -60,8 +60,21 @@ def common_layout(
     )
 
 
-def check_keys(where: str, found: Iterable[str], expected: Iterable[str]) -> None:
+def check_keys(
+    where: str,
+    found: Iterable[str],
+    expected: Iterable[str],
+    of: str = "base",
+    advice: str = "all experts must be fine-tuned from the same base network",
+) -> None:
     """Refuse missing and extra names, naming the first few of each.
+
+    Args:
+        where: Whose names these are.
+        found: The names.
+        expected: What they should be.
+        of: Whose names are expected.
+        advice: What to do about it.
 
     Raises:
         MergeError: The names differ.
@@ -70,8 +83,8 @@ def check_keys(where: str, found: Iterable[str], expected: Iterable[str]) -> Non
     if found != expected:
         missing, extra = sorted(expected - found), sorted(found - expected)
         raise MergeError(
-            f"{where}: its tensors are not those of the base: {len(missing)} missing{_some(missing)}, "
-            f"{len(extra)} extra{_some(extra)}; all experts must be fine-tuned from the same base network"
+            f"{where}: its tensors are not those of the {of}: {len(missing)} missing{_some(missing)}, "
+            f"{len(extra)} extra{_some(extra)}; {advice}"
         )
 
 

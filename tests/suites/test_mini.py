@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from lit_merge.errors import MergeError, MissingExtraError
+from lit_merge.finetune import FineTuneModule
 from lit_merge.suites import _mini_build as build
 from lit_merge.suites._mini_glyphs import GLYPH_TASKS
 from lit_merge.suites._mini_images import CLASSES, build_images
@@ -198,7 +199,7 @@ class TestCache:
             raise KeyboardInterrupt
 
         (built.folder / "experts" / "fonts.safetensors").unlink()
-        monkeypatch.setattr(build.FineTuneModule, "training_step", interrupt)
+        monkeypatch.setattr(FineTuneModule, "training_step", interrupt)
         handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             built.prepare()
