@@ -19,15 +19,7 @@ __all__ = ("MergeTrainer",)
 
 
 class MergeTrainer(L.Trainer):
-    """A Trainer that also merges without training, and exports.
-
-    Args:
-        *args: See ``lightning.Trainer``.
-        **kwargs: See ``lightning.Trainer``.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        super().__init__(*args, **kwargs)
+    """A Trainer that also merges without training, and exports; its arguments are those of ``lightning.Trainer``."""
 
     def fit(
         self,

@@ -113,17 +113,19 @@ class MergeTester:
         assert equal is self.permutable
 
     def test_zero_gives_the_base(self) -> None:
-        if self.zero is not None:
-            suite = ToySuite("tied")
-            merged = self.state(suite, **self.zero)
-            assert all(torch.equal(merged[name], value) for name, value in suite.base().items())
+        if self.zero is None:
+            pytest.skip("there are no such arguments")
+        suite = ToySuite("tied")
+        merged = self.state(suite, **self.zero)
+        assert all(torch.equal(merged[name], value) for name, value in suite.base().items())
 
     def test_one_expert_gives_that_expert(self) -> None:
-        if self.unit is not None:
-            suite = ToySuite("cnn", tasks=1)
-            merged = self.state(suite, **self.unit)
-            for name, value in suite.expert(suite.tasks[0]).items():
-                torch.testing.assert_close(merged[name], value)
+        if self.unit is None:
+            pytest.skip("there are no such arguments")
+        suite = ToySuite("cnn", tasks=1)
+        merged = self.state(suite, **self.unit)
+        for name, value in suite.expert(suite.tasks[0]).items():
+            torch.testing.assert_close(merged[name], value)
 
     def test_survives_copy_and_pickle(self) -> None:
         module = self.build(ToySuite("tied"))

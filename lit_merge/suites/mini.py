@@ -56,9 +56,10 @@ class MiniSuite(Suite):
     ========  ==========================================  =======  =====  ====  ===============================
 
     Network and heads are pretrained jointly on the clean training images. The images of the tasks, for training and
-    for testing, are the same ones seen by a poor camera: out of focus, dim and noisy. So the base is decent, its
-    experts are clearly better, and a part of what they learn is common to all, as it is for CLIP. The heads are cosine
-    classifiers that are learned with the base and frozen from then on, as CLIP's zero-shot heads are.
+    for testing, are the same ones seen by a poor camera: out of focus, dim and noisy. So the base is far above
+    chance on every task but ``fonts``, its experts are clearly better, and a part of what they learn is common to
+    all, as it is for CLIP. The heads are cosine classifiers that are learned with the base and frozen from then on,
+    as CLIP's zero-shot heads are.
 
     All images are ``(3, 28, 28)`` float32 in [-1, 1]; the network is a ViT of 0.32 million parameters.
 
