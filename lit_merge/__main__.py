@@ -8,7 +8,7 @@ from collections.abc import Sequence
 __all__ = ("main",)
 
 _HELP = """\
-usage: lit-merge [-h] [--version] {{fit,validate,test,predict,merge,export}} ...
+usage: lit-merge [-h] [--version] {{fit,validate,test,predict,merge,export,{names}}} ...
 
 Merge fine-tuned networks at test time.
 
@@ -18,8 +18,9 @@ Merge fine-tuned networks at test time.
   validate  the same through the validation hooks
   predict   predict with a merge
   export    write a learned merge as plain weights
+{commands}
 
-Each takes --config with a YAML file or the name of a bundled config, any number of times; later ones win:
+The first six take --config with a YAML file or the name of a bundled config, any number of times; later ones win:
   {configs}
 
 Try   lit-merge fit --config adamerging.yaml
@@ -42,9 +43,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
         sys.stdout.write(f"lit-merge {__version__}\n")
     elif not given or given in (["-h"], ["--help"]):
+        from lit_merge.commands import COMMANDS
         from lit_merge.configs import names
 
-        sys.stdout.write(_HELP.format(configs=" ".join(names())))
+        more = "\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())
+        sys.stdout.write(_HELP.format(configs=" ".join(names()), names=",".join(COMMANDS), commands=more))
     else:
         from lit_merge.cli import main as run
 

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
-from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_merge import __version__, configs
+from lit_merge import __version__
 from lit_merge.callbacks import LogConfig
 from lit_merge.checkpoints.reading import read_checkpoint
+from lit_merge.commands import COMMANDS, run_command
 from lit_merge.data import TaskDataModule
 from lit_merge.errors import MergeError, MissingExtraError
-from lit_merge.hints import hint
 from lit_merge.module import MergeModule
+from lit_merge.parsing import BundledConfigFile, MergeParser
 from lit_merge.predictions import write_predictions
 from lit_merge.quiet import quiet
 from lit_merge.resume import continue_last_run
@@ -32,39 +32,6 @@ __all__ = ("MergeCLI", "main")
 
 # what a config may name by its bare class name
 _REGISTRY = ("methods", "objectives", "transforms", "suites", "data", "callbacks", "loggers")
-
-
-class BundledConfigFile(ActionConfigFile):
-    """``--config`` that falls back to the configs that come with the package."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401
-        """Parse a config; a file in the current folder wins over a bundled one."""
-        if isinstance(values, str) and not Path(values).exists():
-            found = configs.find(values)
-            if found is None and "\n" not in values and "{" not in values:
-                parser.error(f"--config: no file {values!r}, and no bundled config of that name{hint_config(values)}")
-            values = values if found is None else str(found)
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
-
-
-def hint_config(name: str) -> str:
-    """Suggest bundled configs of a similar name, or list them."""
-    from difflib import get_close_matches
-
-    close = get_close_matches(name.removesuffix(".yaml"), [n.removesuffix(".yaml") for n in configs.names()], n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(configs.names())}"
-
-
-class MergeParser(LightningArgumentParser):
-    """A parser whose errors are one line with a suggestion."""
-
-    def print_usage(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Print nothing: a Trainer's usage is sixty lines, and the error would drown in it."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2, and with a suggestion where one can be found."""
-        super().error(message + hint(message), ex)
-        raise SystemExit(2)
 
 
 class MergeCLI(LightningCLI):
@@ -146,7 +113,7 @@ class MergeCLI(LightningCLI):
             rank_zero_warn(f"{name} learns its merge, and these are its starting values; give --ckpt_path of its fit")
 
 
-def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI:
+def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI | None:
     """Run the command line.
 
     Args:
@@ -154,7 +121,7 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
         run: Run the subcommand; otherwise only parse and instantiate, without a subcommand.
 
     Returns:
-        The CLI, with its ``trainer``, ``model`` and ``datamodule``.
+        The CLI, with its ``trainer``, ``model`` and ``datamodule``; a command of :mod:`lit_merge.commands` gives nothing.
 
     Raises:
         SystemExit: Status 2 for wrong usage, 1 for an error while running; the message is on standard error. With
@@ -169,6 +136,9 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
     _register()
     try:
         with quiet():
+            if given and given[0] in COMMANDS:
+                run_command(given[0], given[1:])
+                return None
             return _cli(None if args is None else given, run)
     except Exception as raised:
         if debug or os.environ.get("LIT_MERGE_DEBUG"):

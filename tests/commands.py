@@ -24,7 +24,9 @@ TINY = (
 
 def run(subcommand: str, config: str, *more: str) -> MergeCLI:
     """Run a subcommand on toys; ``more`` comes last and wins."""
-    return main([subcommand, "--config", config, *TINY, *more])
+    cli = main([subcommand, "--config", config, *TINY, *more])
+    assert cli is not None
+    return cli
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str, status: int) -> str:

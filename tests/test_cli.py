@@ -28,7 +28,9 @@ RUN = Path("runs/adamerging/version_0")
 
 def parsed(*args: str) -> MergeCLI:
     """Parse and instantiate, without running anything."""
-    return main([*args, *TINY], run=False)
+    cli = main([*args, *TINY], run=False)
+    assert cli is not None
+    return cli
 
 
 def printed(capsys: pytest.CaptureFixture[str], *args: str) -> str:

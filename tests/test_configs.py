@@ -30,6 +30,7 @@ SCORES = {"accuracy", "expert_accuracy", "base_accuracy", "normalized_accuracy"}
 def ran(*args: str) -> tuple[MergeModule, Path]:
     """Run, and return the model and the one folder that the run left."""
     cli = main([*args])
+    assert cli is not None
     assert isinstance(cli.model, MergeModule)
     (found,) = Path("runs").rglob("report.json")
     return cli.model, found.parent

@@ -133,6 +133,7 @@ class TestFromYaml:
     def test_adapted(self) -> None:
         args = ["--trainer.max_epochs=1", "--data.steps_per_epoch=2", "--data.batch_size=4"]
         cli = main(["fit", "--config", "adamerging", "--config", "mine.yaml", *QUIET, *args])
+        assert cli is not None
         assert cli.trainer.global_step == 2
         assert set(report("runs/adamerging/version_0")["tasks"]) == {"folder", "toys"}
 

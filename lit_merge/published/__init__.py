@@ -1,0 +1,1 @@
+"""Published tables as data, and a run's report beside them."""
