@@ -121,7 +121,7 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
         run: Run the subcommand; otherwise only parse and instantiate, without a subcommand.
 
     Returns:
-        The CLI, with its ``trainer``, ``model`` and ``datamodule``; a command of :mod:`lit_merge.commands` gives nothing.
+        The CLI with its ``trainer``, ``model`` and ``datamodule``; nothing for a command of :mod:`lit_merge.commands`.
 
     Raises:
         SystemExit: Status 2 for wrong usage, 1 for an error while running; the message is on standard error. With

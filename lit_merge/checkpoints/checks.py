@@ -129,6 +129,8 @@ def shared_memory(state: Mapping[str, Tensor]) -> dict[str, str]:
     >>> shared_memory({"embed": w, "norm": torch.ones(2), "head": w})
     {'head': 'embed'}
     """
+    if not isinstance(state, dict):  # a lazy state gives other memory at every reading
+        return dict(getattr(state, "tied", {}))
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
     for name, value in state.items():

@@ -2,87 +2,84 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterator, Mapping
+import hashlib
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_merge.checkpoints.files import FileGuard, digest
+from lit_merge.checkpoints.safetensors_files import SafetensorsFile, ShardedSafetensors
+from lit_merge.checkpoints.torch_files import PickledObjectsError, TorchFile, load_inert
 from lit_merge.errors import MergeError
 
-__all__ = ("SafetensorsFile", "read_checkpoint", "read_state")
+__all__ = ("SafetensorsFile", "ShardedSafetensors", "TorchFile", "file_digest", "read_checkpoint", "read_state")
+
+_INDEX = ".safetensors.index.json"
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
-    """A safetensors file as a mapping; a tensor is read when it is asked for.
-
-    Args:
-        path: The file.
-
-    Raises:
-        MergeError: The file is missing, truncated or not in the format.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        with self._open() as file:
-            self._keys = tuple(file.keys())
-
-    def _open(self) -> safe_open:
-        _check_exists(self.path)
-        try:
-            return safe_open(self.path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise MergeError(
-                f"{self.path}: not a complete safetensors file ({error}); fetch or save it again"
-            ) from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._keys:
-            raise KeyError(name)
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-def read_state(path: str | Path) -> Mapping[str, Tensor]:
-    """Open a state dict.
+def read_state(path: str | Path, *, sha256: str | None = None, max_bytes: int | None = None) -> Mapping[str, Tensor]:
+    """Open a state dict; its tensors are read when they are asked for.
 
     Args:
-        path: ``.safetensors``, read lazily; or ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` that holds nothing but
-            tensors by name. Pickled objects are refused, never executed.
+        path: ``.safetensors``; the ``.safetensors.index.json`` of a sharded one; or ``.pt``, ``.pth``, ``.bin`` or
+            ``.ckpt`` that holds nothing but tensors by name. Pickled objects are refused, never executed.
+        sha256: What :func:`file_digest` must be, ``sha256:`` and 64 hex digits, or the digits alone.
+        max_bytes: Most bytes of all tensors of a torch file together; by default there is no limit.
 
     Returns:
         Tensors by name.
 
     Raises:
-        MergeError: The file is missing, damaged, of another kind, or holds anything else than tensors.
+        MergeError: The file is missing, damaged, of another kind or hash, or holds anything else than tensors.
     """
     path = Path(path)
-    _check_exists(path)
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix not in (".pt", ".pth", ".bin", ".ckpt"):
-        raise MergeError(f"{path}: expected .safetensors, .pt, .pth, .bin or .ckpt, found {path.suffix or 'no suffix'}")
-    state = _load_weights_only(path)
-    if not isinstance(state, dict) or not state:
-        raise MergeError(f"{path}: expected a state dict, found {type(state).__name__}")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise MergeError(
-                f"{path}: {name}: expected a tensor, found {type(value).__name__}; save the state dict itself, "
-                "not a checkpoint that contains it"
-            )
+    FileGuard(path)
+    index = path.name.endswith(_INDEX)
+    if not index and path.suffix not in (".safetensors", *_TORCH):
+        raise MergeError(
+            f"{path}: expected .safetensors, {_INDEX}, .pt, .pth, .bin or .ckpt, found {path.suffix or 'no suffix'}"
+        )
+    if sha256 is not None:
+        _check_digest(path, sha256)
+    if index:
+        return ShardedSafetensors(path)
+    if path.suffix in _TORCH:
+        return _torch_file(path, max_bytes)
+    state = SafetensorsFile(path)
+    if not state:
+        raise MergeError(f"{path}: expected a state dict, found no tensor")
     return state
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file, in hex: what ``sha256sum`` and the Hugging Face hub show.
+
+    For the index of a sharded network: that of what ``sha256sum`` prints for its shards, sorted by name, so that
+    ``sha256sum *.safetensors | sha256sum`` in their folder shows it too.
+
+    Args:
+        path: Any file, or a ``.safetensors.index.json``.
+
+    Raises:
+        MergeError: The file or a shard is missing.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "weights.bin"
+    >>> _ = path.write_bytes(b"abc")
+    >>> file_digest(path)[:16]
+    'ba7816bf8f01cfea'
+    """
+    path = Path(path)
+    FileGuard(path, "a file to hash")
+    if not path.name.endswith(_INDEX):
+        return digest(path)
+    shards = ShardedSafetensors(path).shards
+    lines = "".join(f"{digest(shard.path)}  {name}\n" for name, shard in shards.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -100,26 +97,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise MergeError(f"{path}: no such checkpoint; expected a local file, such as the last.ckpt of a fit")
-    checkpoint = _load_weights_only(path)
+    checkpoint = load_inert(path, mapped=False)  # a run may write the file again while it resumes from it
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         found = ", ".join(map(str, list(checkpoint)[:3])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
         raise MergeError(f"{path}: expected a checkpoint of lit-merge with state_dict, found {found}")
     return checkpoint
 
 
-def _load_weights_only(path: Path) -> object:
+def _torch_file(path: Path, max_bytes: int | None) -> TorchFile:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise MergeError(
-            f"{path}: it holds pickled objects, which could run code, and was not opened; save its state_dict() as "
-            "safetensors instead"
+        return TorchFile(path, max_bytes)
+    except PickledObjectsError as error:
+        raise PickledObjectsError(
+            f"{error}; `lit-merge convert {path} NEW.safetensors` turns known whole-module checkpoints into safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MergeError(f"{path}: not a complete torch file ({reason}); fetch or save it again") from error
 
 
-def _check_exists(path: Path) -> None:
-    if not path.is_file():
-        raise MergeError(f"{path}: no such file; expected a state dict (.safetensors, .pt)")
+def _check_digest(path: Path, sha256: str) -> None:
+    expected = sha256.removeprefix("sha256:").lower()
+    if not re.fullmatch("[0-9a-f]{64}", expected):
+        raise MergeError(f"{path}: expected sha256: and 64 hex digits as its hash, found {sha256!r}")
+    if (found := file_digest(path)) != expected:
+        raise MergeError(
+            f"{path}: expected sha256:{expected}, found sha256:{found}; it is another file or a damaged one: fetch it "
+            "again, or correct the hash if the change is meant"
+        )

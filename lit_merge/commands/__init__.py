@@ -27,9 +27,7 @@ def run_command(name: str, args: Sequence[str]) -> None:
     import_module(f"lit_merge.commands.{name}").main(list(args))
 
 
-def run_functions(
-    functions: Callable[..., Any] | dict[str, Callable[..., Any]], args: Sequence[str], prog: str
-) -> Any:  # noqa: ANN401 - what the function returns
+def run_functions(functions: Callable[..., Any] | dict[str, Callable[..., Any]], args: Sequence[str], prog: str) -> Any:  # noqa: ANN401 - what the function returns
     """Make a command line of annotated functions with Google-style docstrings, and run it.
 
     Args:
@@ -52,5 +50,8 @@ def run_functions(
 
     from lit_merge.parsing import MergeParser
 
+    about = COMMANDS.get(prog.split()[-1], "")
     components: Any = functions  # jsonargparse's own type is recursive
-    return auto_cli(components, args=list(args), parser_class=MergeParser, prog=prog, allow_abbrev=False)
+    return auto_cli(
+        components, args=list(args), parser_class=MergeParser, prog=prog, allow_abbrev=False, description=about
+    )

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lit_merge.checkpoints.reading import read_state
+from lit_merge.encoders.heads import read_head
 from lit_merge.errors import MergeError
 from lit_merge.suites.base import LabelledDataset, Split, Suite
 
@@ -98,7 +99,7 @@ class NetworkSuite(Suite):
         if head is None:
             return nn.Identity()
         if not isinstance(head, nn.Module):
-            head = self._heads[task] = _linear(head)
+            head = self._heads[task] = read_head(head)
         return head
 
     def num_classes(self, task: str) -> int:
@@ -134,15 +135,3 @@ class NetworkSuite(Suite):
 
 def _state(source: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:
     return source if isinstance(source, Mapping) else read_state(source)
-
-
-def _linear(path: str | Path) -> nn.Linear:
-    state = read_state(path)
-    if not set(state) <= {"weight", "bias"} or "weight" not in state or state["weight"].ndim != 2:
-        raise MergeError(
-            f"{path}: expected a linear head with weight (C, D) and maybe bias (C,), found {sorted(state)}"
-        )
-    classes, width = state["weight"].shape
-    head = nn.Linear(width, classes, bias="bias" in state)
-    head.load_state_dict(dict(state))
-    return head

@@ -1,11 +1,15 @@
-"""The cosine head."""
+"""Cosine heads and linear ones."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from lit_merge.encoders.heads import CosineHead
+from lit_merge.encoders.heads import CosineHead, LinearHead, read_head
 from lit_merge.errors import MergeError
 
 
@@ -54,3 +58,61 @@ def test_bad_weights_are_refused(weight: torch.Tensor) -> None:
 def test_bad_scales_are_refused(scale: float) -> None:
     with pytest.raises(MergeError, match="positive, finite scale"):
         CosineHead(torch.ones(2, 2), scale)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_plain_linear_head(suffix: str, bias: bool) -> None:
+    layer, features = nn.Linear(4, 3, bias=bias), torch.randn(2, 4)
+    state = dict(layer.state_dict())
+    if suffix == ".safetensors":
+        save_file(state, "head.safetensors")
+    else:
+        torch.save(state, "head.pt")
+    head = read_head(f"head{suffix}")
+    assert torch.equal(head(features), layer(features))
+    assert head.state_dict().keys() == state.keys()
+    assert not any(parameter.requires_grad for parameter in head.parameters())
+    assert f"classes=3, features=4, bias={bias}, normalize=False" in repr(head)
+
+
+def test_the_header_says_whether_features_are_normalised() -> None:
+    weight, features = torch.randn(3, 4), torch.randn(2, 4)
+    save_file({"weight": weight}, "head.safetensors", metadata={"normalize": "true"})
+    head = read_head(Path("head.safetensors"))
+    torch.testing.assert_close(head(features), (features / features.norm(dim=1, keepdim=True)) @ weight.T)
+    torch.testing.assert_close(head(9 * features), head(features))
+    assert torch.equal(head(torch.zeros(1, 4)), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        ({"weight": torch.ones(3)}, "expected a linear head with weight"),
+        ({"weight": torch.ones(3, 4).int()}, "finite float matrix"),
+        ({"weight": torch.full((3, 4), torch.nan)}, "finite float matrix"),
+        ({"weight": torch.ones(3, 4), "bias": torch.ones(4)}, "finite bias"),
+        ({"weight": torch.ones(3, 4), "bias": torch.full((3,), torch.inf)}, "finite bias"),
+        ({"weight": torch.ones(3, 4), "bias": torch.ones(3).half()}, "finite bias"),
+        ({"bias": torch.ones(3)}, "expected a linear head with weight"),
+        ({"weight": torch.ones(3, 4), "scale": torch.ones(1)}, "expected a linear head with weight"),
+    ],
+)
+def test_files_that_are_no_heads(state: dict[str, Tensor], what: str) -> None:
+    save_file(state, "head.safetensors")
+    with pytest.raises(MergeError, match=rf"head\.safetensors: .*{what}"):
+        read_head("head.safetensors")
+
+
+def test_a_header_that_says_neither() -> None:
+    save_file({"weight": torch.ones(3, 4)}, "head.safetensors", metadata={"normalize": "maybe"})
+    with pytest.raises(MergeError, match=r"head\.safetensors: its header says normalize: maybe"):
+        read_head("head.safetensors")
+
+
+def test_a_linear_head_copies_what_it_is_given() -> None:
+    weight, bias = torch.ones(2, 3), torch.ones(2)
+    head = LinearHead(weight, bias)
+    weight.zero_()
+    bias.zero_()
+    assert head(torch.ones(1, 3)).tolist() == [[4.0, 4.0]]

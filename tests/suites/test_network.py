@@ -18,6 +18,7 @@ from toys import SIZE, ConvNet, expert_state, network
 
 from lit_merge.cli import main
 from lit_merge.data import TaskDataModule
+from lit_merge.encoders.heads import LinearHead
 from lit_merge.errors import MergeError
 from lit_merge.methods import SimpleAverage
 from lit_merge.suites import NetworkSuite
@@ -170,9 +171,9 @@ class TestFromPython:
         files(tmp_path)
         given = suite(heads={"a": "head.safetensors"}, num_classes=None)
         head = given.head("a")
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, LinearHead)
         assert head is given.head("a")
-        assert (given.num_classes("a"), head.in_features) == (4, 5)
+        assert (given.num_classes("a"), head.weight.shape[1]) == (4, 5)
         assert isinstance(given.head("b"), nn.Identity)
 
     def test_head_without_bias(self) -> None:
