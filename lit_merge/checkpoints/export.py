@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_merge.checkpoints.atomic import atomic_path
 from lit_merge.checkpoints.digests import state_digest
 
-__all__ = ("write_json", "write_merged")
+__all__ = ("write_card", "write_json", "write_merged")
 
 
 def write_merged(folder: str | Path, state: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Path:
@@ -46,3 +46,19 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_card(folder: str | Path, card: str) -> Path:
+    """Write ``README.md``, the model card, at once.
+
+    Args:
+        folder: Where to; made if missing.
+        card: Its text.
+
+    Returns:
+        Its path.
+    """
+    path = Path(folder) / "README.md"
+    with atomic_path(path) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    return path

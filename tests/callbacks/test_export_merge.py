@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from callbacks_helpers import trainer_of
 from safetensors.torch import load_file
 from toys import SIZE, Kind, ToySuite, network
 
-from lit_merge.callbacks import ExportMerge
+from lit_merge.callbacks import ExportMerge, Report
 from lit_merge.checkpoints import state_digest
 from lit_merge.data import TaskDataModule
+from lit_merge.errors import MergeError
 from lit_merge.methods import AdaMerging
 from lit_merge.transforms import Ties
 
@@ -65,10 +67,30 @@ def test_provenance() -> None:
 
 def test_by_default_into_the_folder_of_the_run() -> None:
     fitted(ToySuite("mlp"), ExportMerge())
-    assert sorted(path.name for path in Path("export").iterdir()) == ["merge.json", "merged.safetensors"]
+    assert sorted(path.name for path in Path("export").iterdir()) == ["README.md", "merge.json", "merged.safetensors"]
 
 
 def test_a_dry_run_exports_nothing() -> None:
     suite = ToySuite("mlp")
     trainer_of(ExportMerge(), fast_dev_run=True).fit(AdaMerging(suite=suite), datamodule=TaskDataModule(suite=suite))
     assert not list(Path().rglob("*.safetensors"))
+
+
+def test_the_card_gets_its_scores_when_the_merge_is_evaluated() -> None:
+    suite = ToySuite("mlp")
+    trainer = trainer_of(Report(), ExportMerge("out"))
+    model, data = AdaMerging(suite=suite), TaskDataModule(suite=suite, steps_per_epoch=2)
+    trainer.fit(model, datamodule=data)
+    before = Path("out/README.md").read_text()
+    assert "It has not been scored" in before
+    trainer.test(model, datamodule=data, verbose=False)
+    after = Path("out/README.md").read_text()
+    assert "It has not been scored" not in after
+    assert all(f"| {task} | {row['n']}" in after for task, row in model.results["tasks"].items())
+
+
+@pytest.mark.parametrize("form", ["hugging_face", "open_clip"])
+def test_a_format_that_cannot_hold_the_network_is_refused(form: Any) -> None:
+    with pytest.raises(MergeError, match=rf"{form} holds image towers of CLIP, .* is a ConvNet"):
+        fitted(ToySuite("cnn"), ExportMerge("out", format=form))
+    assert not Path("out").exists()
