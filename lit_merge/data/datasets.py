@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +11,11 @@ from torch.utils.data import Dataset
 
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
-from lit_merge.suites.base import LabelledDataset
 
-__all__ = ("Indexed", "TaskMixture")
+if TYPE_CHECKING:
+    from lit_merge.suites.base import LabelledDataset
+
+__all__ = ("EvenlySpread", "Indexed", "TaskMixture")
 
 
 class Indexed(Dataset[tuple[Tensor, int, int]]):
@@ -43,6 +46,31 @@ class Indexed(Dataset[tuple[Tensor, int, int]]):
                 f"{self.num_classes} classes, so labels must be 0 to {self.num_classes - 1}"
             )
         return _tensor(image, self.where, position), int(label), position
+
+
+class EvenlySpread(Dataset[tuple[Tensor, int]]):
+    """Some images of a labelled dataset, evenly spread over it: many datasets are sorted by class.
+
+    Args:
+        data: The labelled dataset.
+        size: How many; all of them if it has no more.
+
+    Attributes:
+        classes: Names of the classes, if the dataset has them.
+        positions: Positions of the images in the dataset.
+    """
+
+    def __init__(self, data: LabelledDataset, size: int) -> None:
+        self.data = data
+        self.classes = getattr(data, "classes", None)
+        size = min(size, len(data))
+        self.positions = [number * len(data) // size for number in range(size)]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.data[self.positions[index]]
 
 
 class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
