@@ -58,4 +58,4 @@ class StreamScore:
                 "normalized_accuracy": normalized,
                 "final_accuracy": row["accuracy"],
             }
-        return {"tasks": tasks, "mean": mean_over_tasks(tasks)}
+        return {**results, "tasks": tasks, "mean": mean_over_tasks(tasks)}

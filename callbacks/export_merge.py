@@ -6,23 +6,28 @@ from pathlib import Path
 
 import lightning as L
 
-from lit_merge.checkpoints.export import write_merged
+from lit_merge.checkpoints.export import write_card
+from lit_merge.exporting import ExportFormat, card_of, export_merge
 from lit_merge.module import MergeModule
-from lit_merge.provenance import provenance
 from lit_merge.sinks import log_file, run_dir
 
 __all__ = ("ExportMerge",)
 
 
 class ExportMerge(L.Callback):
-    """Write ``merged.safetensors``, which loads into the plain network without lit-merge, and ``merge.json``.
+    """Write the merged network, which loads without lit-merge, ``merge.json`` and a model card.
+
+    The card gets its scores when the network is evaluated after the fit; put :class:`Report` before this callback.
 
     Args:
         folder: Where to; by default the folder ``export`` of the run.
+        format: ``safetensors``, ``hugging_face`` or ``open_clip``, see :func:`lit_merge.exporting.export_merge`.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path | None = None, format: ExportFormat = "safetensors") -> None:
         self.folder = None if folder is None else Path(folder)
+        self.format: ExportFormat = format
+        self._written: Path | None = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export; with W&B also as an artifact."""
@@ -30,7 +35,12 @@ class ExportMerge(L.Callback):
         if not isinstance(pl_module, MergeModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         pl_module.prepare_evaluation()
-        state = pl_module.merged_state()
         if trainer.is_global_zero:
-            write_merged(folder, state, provenance(trainer, pl_module))
+            export_merge(folder, trainer, pl_module, self.format)
+            self._written = folder
             log_file(trainer, f"{pl_module.suite.name}-{type(pl_module).__name__}".lower(), "merge", folder)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the scores into the card."""
+        if self._written is not None and isinstance(pl_module, MergeModule):
+            write_card(self._written, card_of(trainer, pl_module, self.format))

@@ -83,6 +83,7 @@ class Report(L.Callback):
             return
         results = self._stream.applied(trainer, model.results)
         folder = run_dir(trainer)
+        extra = {key: results[key] for key in ("unseen",) if key in results} | self.extra
         self.content = {
             "schema": 1,
             "method": type(model).__name__,
@@ -94,15 +95,17 @@ class Report(L.Callback):
             "peak_memory_bytes": _peak_memory(),
             "tasks": results["tasks"],
             "mean": results["mean"],
-            "extra": {"adaptation_seconds": round(self._seconds, 3), "steps": self._steps, **self.extra},
+            "extra": {"adaptation_seconds": round(self._seconds, 3), "steps": self._steps, **extra},
         }
         if trainer.is_global_zero:
             self._publish(trainer, folder)
 
     def _publish(self, trainer: L.Trainer, folder: Path) -> None:
         rows = [*self.content["tasks"].items(), ("mean", self.content["mean"])]
+        if unseen := self.content["extra"].get("unseen"):
+            rows += [*unseen["tasks"].items(), ("mean of unseen", unseen["mean"])]
         cells: list[list[str | float]] = [
-            [name, *(float(row[key]) for key in _COLUMNS)] for name, row in rows if all(key in row for key in _COLUMNS)
+            [name, *(float(row.get(key, float("nan"))) for key in _COLUMNS)] for name, row in rows
         ]
         Console().print("{method} on {suite} ({protocol}, seed {seed})".format(**self.content), highlight=False)
         Console().print(_table(cells))
@@ -135,9 +138,12 @@ def _table(cells: list[list[str | float]]) -> Table:
     for column in _COLUMNS.values():
         table.add_column(column, justify="right")
     for row in cells:
-        if row[0] == "mean":
+        if row[0] in ("mean", "mean of unseen"):
             table.add_section()
-        table.add_row(str(row[0]), *(f"{100 * float(value):.1f}" for value in row[1:]))
+        table.add_row(
+            str(row[0]), *("-" if value != value else f"{100 * float(value):.1f}" for value in row[1:]),
+            end_section=row[0] == "mean",
+        )  # fmt: skip
     return table
 
 

@@ -68,17 +68,21 @@ class EvaluationSteps(L.LightningModule):
         self.results = self.scores.compute(references=not self.adapting)
         for key, value in self.results["mean"].items():
             self.log(f"{prefix}/{key}", value, prog_bar=key == "accuracy", sync_dist=True)
-        for task, row in self.results["tasks"].items():
+        unseen = self.results.get("unseen", {"tasks": {}, "mean": {}})
+        for task, row in [*self.results["tasks"].items(), *unseen["tasks"].items()]:
             self.log(f"{prefix}/accuracy/{task}", row["accuracy"], sync_dist=True)
+        for key, value in unseen["mean"].items():
+            self.log(f"{prefix}/unseen/{key}", value, sync_dist=True)
 
     def _evaluate(self, batch: LabelledBatch, task: str) -> None:
         assert self._merged is not None
         self.scores.update("merged", task, self.outputs(self._merged, task, batch.images)[1], batch.labels)
         if self.adapting:
             return
-        if self._expert[0] != task:
-            self._expert = (task, self.expert_state(task))
-        self.scores.update("expert", task, self.outputs(self._expert[1], task, batch.images)[1], batch.labels)
+        if self.suite.has_expert(task):
+            if self._expert[0] != task:
+                self._expert = (task, self.expert_state(task))
+            self.scores.update("expert", task, self.outputs(self._expert[1], task, batch.images)[1], batch.labels)
         self.scores.update("base", task, self.outputs(self.bank.base, task, batch.images)[1], batch.labels)
 
     def on_validation_epoch_start(self) -> None:
@@ -121,5 +125,5 @@ class EvaluationSteps(L.LightningModule):
         return {"task": task, "index": batch.index, "prediction": logits.argmax(-1)}
 
     def _task(self, loaders: object, index: int) -> str:
-        names = list(loaders) if isinstance(loaders, Mapping) else list(self.suite.tasks)
+        names = list(loaders) if isinstance(loaders, Mapping) else list(self.suite.scored)
         return self.suite.check_task(names[index])

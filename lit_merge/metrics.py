@@ -60,12 +60,14 @@ class TaskScores(nn.Module):
     """Counts of every task for merged network, expert and base.
 
     Args:
-        tasks: Names of the tasks.
+        tasks: Names of the tasks that are merged.
+        unseen: Names of further tasks that are scored; they have results of their own.
     """
 
-    def __init__(self, tasks: Sequence[str]) -> None:
+    def __init__(self, tasks: Sequence[str], unseen: Sequence[str] = ()) -> None:
         super().__init__()
-        self.tasks = tuple(tasks)
+        self.unseen = tuple(unseen)
+        self.tasks = (*tasks, *unseen)
         # lists, not dictionaries: a task may have any name
         self.kinds = nn.ModuleDict({kind: nn.ModuleList(Hits() for _ in self.tasks) for kind in _KEYS})
 
@@ -92,7 +94,8 @@ class TaskScores(nn.Module):
 
         Returns:
             ``{"tasks": {task: {"n", "accuracy", ...}}, "mean": {...}}`` in fractions of 1; ``normalized_accuracy`` is
-            accuracy / expert accuracy. Tasks without images are left out.
+            accuracy / expert accuracy. Tasks without images are left out. Unseen tasks are in ``"unseen"``, which has
+            the same form, and have no expert accuracy if they have no expert.
         """
         kinds: tuple[Kind, ...] = ("merged", "expert", "base") if references else ("merged",)
         tasks: dict[str, dict[str, Any]] = {}
@@ -103,17 +106,22 @@ class TaskScores(nn.Module):
                 continue
             row: dict[str, Any] = {"n": total}
             row |= {_KEYS[kind]: correct / total for kind, (correct, _) in counts.items()}
-            if references:
+            if references and counts["expert"][1] == 0:
+                del row["expert_accuracy"]
+            elif references:
                 row["normalized_accuracy"] = row["accuracy"] / max(row["expert_accuracy"], 1 / total)
             tasks[task] = row
-        return {"tasks": tasks, "mean": mean_over_tasks(tasks)}
+        unseen = {task: tasks.pop(task) for task in self.unseen if task in tasks}
+        results: Results = {"tasks": tasks, "mean": mean_over_tasks(tasks)}
+        return results | ({"unseen": {"tasks": unseen, "mean": mean_over_tasks(unseen)}} if unseen else {})
 
 
 def mean_over_tasks(tasks: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Unweighted mean over the tasks of every accuracy.
+    """Unweighted mean over the tasks of every accuracy that all of them have.
 
     >>> mean_over_tasks({"a": {"n": 1, "accuracy": 0.5}, "b": {"n": 9, "accuracy": 1.0}})
     {'accuracy': 0.75}
     """
-    keys = [key for key in next(iter(tasks.values()), {}) if key.endswith("accuracy")]
+    rows = list(tasks.values())
+    keys = [key for key in next(iter(rows), {}) if key.endswith("accuracy") and all(key in row for row in rows)]
     return {key: fmean(row[key] for row in tasks.values()) for key in keys}

@@ -38,6 +38,7 @@ def provenance(trainer: L.Trainer, model: MergeModule) -> dict[str, Any]:
         "method": type(model).__name__,
         "suite": model.suite.name,
         **model.fingerprint(),
+        "sources": model.suite.sources(),
         "hyperparameters": dict(model.hparams),
         "steps": trainer.global_step,
         "versions": versions(),

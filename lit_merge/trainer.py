@@ -8,11 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lit_merge.checkpoints.export import write_merged
 from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.errors import MergeError
+from lit_merge.exporting import ExportFormat, export_merge
 from lit_merge.module import MergeModule
-from lit_merge.provenance import provenance
 from lit_merge.sinks import run_dir
 
 __all__ = ("MergeTrainer",)
@@ -54,6 +53,7 @@ class MergeTrainer(L.Trainer):
         model: MergeModule,
         datamodule: L.LightningDataModule | None = None,
         output: str | Path | None = None,
+        format: ExportFormat = "safetensors",
     ) -> Path:
         """Merge with a data-free method, evaluate the result and export it.
 
@@ -61,6 +61,7 @@ class MergeTrainer(L.Trainer):
             model: The merge.
             datamodule: Where to evaluate; without one there is no evaluation.
             output: Folder to export into; by default the folder ``export`` of the run.
+            format: ``safetensors``, ``hugging_face`` or ``open_clip``, see :func:`lit_merge.exporting.export_merge`.
 
         Returns:
             Path of the merged weights.
@@ -72,7 +73,7 @@ class MergeTrainer(L.Trainer):
             raise MergeError(f"{type(model).__name__} learns its merge; use `fit`, which exports it, or `export`")
         if datamodule is not None:
             self.test(model, datamodule=datamodule, verbose=False)
-        return self.export(model, datamodule, output=output)
+        return self.export(model, datamodule, output=output, format=format)
 
     def export(
         self,
@@ -80,14 +81,16 @@ class MergeTrainer(L.Trainer):
         datamodule: L.LightningDataModule | None = None,
         ckpt_path: str | Path | None = None,
         output: str | Path | None = None,
+        format: ExportFormat = "safetensors",
     ) -> Path:
-        """Write the merged network as safetensors that load without lit-merge, and ``merge.json``.
+        """Write the merged network so that it loads without lit-merge, ``merge.json`` and a model card.
 
         Args:
             model: The merge.
             datamodule: Unlabelled images, for ``buffers: recalibrate``.
             ckpt_path: Checkpoint of a learned merge.
             output: Folder; by default the folder ``export`` of the run.
+            format: ``safetensors``, ``hugging_face`` or ``open_clip``, see :func:`lit_merge.exporting.export_merge`.
 
         Returns:
             Path of the merged weights.
@@ -103,7 +106,7 @@ class MergeTrainer(L.Trainer):
         if model.buffer_policy == "recalibrate":
             _recalibrate(model, datamodule)
         folder = run_dir(self) / "export" if output is None else Path(output)
-        path = write_merged(folder, model.merged_state(), provenance(self, model))
+        path = export_merge(folder, self, model, format)
         rank_zero_info(f"merged network: {path}")
         return path
 

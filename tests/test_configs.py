@@ -21,8 +21,10 @@ def content(name: str) -> dict[str, Any]:
     return loaded
 
 
-OVERLAYS = [name for name in configs.names() if "model" not in content(name)]
-METHODS = [name for name in configs.names() if name not in OVERLAYS]
+OVERLAYS = [name for name in configs.names() if "model" not in content(name) and not name.startswith("suites/")]
+SUITES = [name for name in configs.names() if name.startswith("suites/")]  # each is run in tests/suites/test_clip.py
+FINETUNE = [name for name in configs.names() if name.startswith("finetune")]  # and in tests/test_finetune_command.py
+METHODS = [name for name in configs.names() if name not in {*OVERLAYS, *SUITES, *FINETUNE}]
 KEYS = {"schema", "method", "suite", "protocol", "seed", "versions", "seconds", "peak_memory_bytes", "tasks", "mean"}
 SCORES = {"accuracy", "expert_accuracy", "base_accuracy", "normalized_accuracy"}
 
@@ -55,6 +57,8 @@ def check_traces(model: MergeModule, folder: Path) -> None:
 def test_there_are_methods_and_overlays() -> None:
     assert {"adamerging.yaml", "task-arithmetic.yaml"} <= set(METHODS)
     assert "wandb.yaml" in OVERLAYS
+    assert len(SUITES) >= 9
+    assert "finetune.yaml" in FINETUNE
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -69,8 +73,6 @@ def test_method(name: str) -> None:
 @pytest.mark.parametrize("name", OVERLAYS)
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
 def test_overlay(name: str, mode: str) -> None:
-    if name.startswith("suites/"):
-        pytest.skip("an overlay that replaces the suite needs its networks")
     with wandb_mode(mode):
         model, folder = ran("fit", "--config", "adamerging", "--config", name, *TINY)
     check_traces(model, folder)

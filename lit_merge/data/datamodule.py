@@ -99,12 +99,13 @@ class TaskDataModule(L.LightningDataModule):
             )
         if self._data:
             return
-        for task in self.suite.tasks:
+        for task in self.suite.scored:
             data = self.suite.dataset(task, "test")
             if len(data) == 0:
                 raise MergeError(f"{self.suite.name}: task {task!r}: its test set is empty; expected images")
             self._data[task] = data
-            self._parts[task] = self._partition(task, len(data))
+            seen = task in self.suite.tasks
+            self._parts[task] = self._partition(task, len(data)) if seen else ([], list(range(len(data))))
 
     def _partition(self, task: str, size: int) -> tuple[list[int], list[int]]:
         if self.protocol == "transductive":
@@ -146,7 +147,8 @@ class TaskDataModule(L.LightningDataModule):
 
     def positions(self, part: Literal["adapt", "score"]) -> dict[str, list[int]]:
         """Positions of the images per task that are adapted on, or scored."""
-        return {task: parts[part == "score"] for task, parts in self._parts.items()}
+        adapted = self.suite.tasks if part == "adapt" else self.suite.scored
+        return {task: self._parts[task][part == "score"] for task in adapted}
 
     def labels(self, task: str, positions: Sequence[int]) -> torch.Tensor:
         """Labels of some test images of a task, for scoring a stream after the fact."""
@@ -165,7 +167,10 @@ class TaskDataModule(L.LightningDataModule):
             # workers start before Lightning says it (issue 21938); after a resume from the end of an epoch
             # trainer.current_epoch is still that epoch
             sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return ResumableLoader(TaskMixture(self._data), sampler, **self._worker_options())
+        return ResumableLoader(TaskMixture(self._seen()), sampler, **self._worker_options())
+
+    def _seen(self) -> dict[str, LabelledDataset]:
+        return {task: self._data[task] for task in self.suite.tasks}
 
     def _steps(self) -> int:
         longest = max(len(positions) for positions in self.positions("adapt").values())
@@ -174,7 +179,7 @@ class TaskDataModule(L.LightningDataModule):
     def adaptation_batches(self, count: int = 50) -> Iterator[dict[str, UnlabelledBatch]]:
         """Yield the first unlabelled batches of a one-process run, the same on all ranks."""
         sampler = StreamSampler(self.positions("adapt"), self.batch_size * self._place()[1], count, seed=self.seed)
-        mixture = TaskMixture(self._data)
+        mixture = TaskMixture(self._seen())
         return (mixture[draws] for draws in sampler)
 
     def val_dataloader(self) -> dict[str, DataLoader[Any]]:

@@ -1,7 +1,8 @@
 """Suites: what is merged, and on which images."""
 
 from lit_merge.suites.base import LabelledDataset, Split, Suite
+from lit_merge.suites.clip import ClipSuite
 from lit_merge.suites.mini import MiniSuite
 from lit_merge.suites.network import NetworkSuite
 
-__all__ = ("LabelledDataset", "MiniSuite", "NetworkSuite", "Split", "Suite")
+__all__ = ("ClipSuite", "LabelledDataset", "MiniSuite", "NetworkSuite", "Split", "Suite")

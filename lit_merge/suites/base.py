@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sized
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from lit_merge.errors import MergeError
+from lit_merge.suites.inventory import Piece
 
 __all__ = ("LabelledDataset", "Split", "Suite")
 
@@ -40,6 +41,28 @@ class Suite(ABC):
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks, in the order in which they index every stacked tensor."""
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """Names of further tasks that are scored with the merged network but neither merged nor adapted on."""
+        return ()
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of all tasks that are scored: :attr:`tasks`, then :attr:`unseen`."""
+        return (*self.tasks, *self.unseen)
+
+    def has_expert(self, task: str) -> bool:
+        """Whether :meth:`expert` has a network for ``task``; unseen tasks may have none."""
+        return task in self.tasks
+
+    def sources(self) -> dict[str, Any]:
+        """Where the networks come from, as plain data for reports and model cards."""
+        return {}
+
+    def inventory(self) -> Sequence[Piece]:
+        """List networks and datasets with their sizes, licences and whether they are on this disk; fetch nothing."""
+        return ()
 
     def prepare(self) -> None:  # noqa: B027 - optional hook, not an oversight
         """Build or download what is missing; called once per node, before anything else is asked for."""
@@ -74,6 +97,6 @@ class Suite(ABC):
         Raises:
             MergeError: It does not; the message lists the tasks it has.
         """
-        if task not in self.tasks:
-            raise MergeError(f"{self.name}: unknown task {task!r}; it has {', '.join(self.tasks)}")
+        if task not in self.scored:
+            raise MergeError(f"{self.name}: unknown task {task!r}; it has {', '.join(self.scored)}")
         return task
