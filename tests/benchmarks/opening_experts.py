@@ -92,8 +92,9 @@ def main() -> None:
                 found = json.loads(output.splitlines()[-1])
                 bytes_each = {"float32": 1.0, "bfloat16": 0.5, "float16": 0.5}[dtype]
                 bound = (experts + 1) * bytes_each + 1.5
-                print(f"{experts:7}  {dtype:>8}  {found['peak'] / 1e6:5.0f} MB  {found['peak'] / size:6.2f}  {bound:6.2f}"
-                      f"  {found['seconds']:7.1f}")  # fmt: skip
+                peak, seconds = found["peak"], found["seconds"]
+                row = f"{peak / 1e6:5.0f} MB  {peak / size:6.2f}  {bound:6.2f}  {seconds:7.1f}"
+                print(f"{experts:7}  {dtype:>8}  {row}")
 
 
 if __name__ == "__main__":

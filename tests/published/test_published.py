@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import fmean
 
 import pytest
 
+import lit_merge.published
 from lit_merge.errors import MergeError
 from lit_merge.published import CHECKPOINTS, METHODS, NOTES, SOURCES, PublishedRow, find_published, published_tables
 from lit_merge.published.facts import PROTOCOLS
@@ -144,3 +146,8 @@ def test_the_page_has_every_row_and_every_trap() -> None:
     for fact in (*NOTES.values(), *CHECKPOINTS.values(), *(source.caveat for source in SOURCES.values())):
         assert fact[1:] in text
     assert "| Layer-wise AdaMerging (init 0.3) | 67.9 | 71.3 | 83.5 | 92.7 | 87.4 | 92.9 | 98.2 | 67.0 | 82.6 |" in text
+
+
+def test_the_page_in_the_repository_is_the_one_that_the_command_writes() -> None:
+    committed = Path(str(lit_merge.published.__file__)).with_name("README.md")
+    assert committed.read_text(encoding="utf-8") == page(), "run lit-merge compare --page lit_merge/published/README.md"
