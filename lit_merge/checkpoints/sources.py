@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_merge.checkpoints.adapters import is_adapter, read_adapter
 from lit_merge.checkpoints.hub import fetch, hub_folder
+from lit_merge.checkpoints.open_clip_tags import pretrained_config
 from lit_merge.checkpoints.reading import read_state
 from lit_merge.errors import MergeError, require
 
@@ -217,18 +218,8 @@ def _adapter_file(folder: Path) -> Path:
     return found[0]
 
 
-def _open_clip_config(name: str, tag: str) -> Mapping[str, str]:
-    import open_clip
-
-    found: Mapping[str, str] = open_clip.get_pretrained_cfg(name, tag)
-    if not found:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none: it does not know the architecture"
-        raise MergeError(f"open_clip:{name}/{tag}: open_clip has no such weights; it has {tags}")
-    return found
-
-
 def _open_clip_repository(name: str, tag: str) -> str | None:
-    repo = _open_clip_config(name, tag).get("hf_hub", "")
+    repo = str(pretrained_config(name, tag).get("hf_hub", ""))
     return repo.rstrip("/") or None
 
 
@@ -236,5 +227,5 @@ def _open_clip_download(name: str, tag: str, cache_dir: Path | None) -> Path:
     """Fetch weights that are not on the hub; they are read weights-only like any other file."""
     pretrained = require("open_clip.pretrained", "clip")
     return Path(
-        pretrained.download_pretrained(_open_clip_config(name, tag), cache_dir=str(cache_dir) if cache_dir else None)
+        pretrained.download_pretrained(pretrained_config(name, tag), cache_dir=str(cache_dir) if cache_dir else None)
     )

@@ -11,6 +11,7 @@ from open_clip.model import _build_vision_tower
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor
 
+from lit_merge.checkpoints.open_clip_tags import pretrained_config
 from lit_merge.encoders.activations import GELU, QUICK_GELU, activation_of
 from lit_merge.encoders.base import ImageEncoder, built
 from lit_merge.encoders.json_files import read_json
@@ -150,15 +151,7 @@ def open_clip_activation(name: str, tag: str) -> str:
     >>> open_clip_activation("ViT-B-32", "openai"), open_clip_activation("ViT-B-32", "laion2b_s34b_b79k")
     ('quick_gelu', 'gelu')
     """
-    return QUICK_GELU if _tag_config(name, tag).get("quick_gelu", False) else GELU
-
-
-def _tag_config(name: str, tag: str) -> dict[str, Any]:
-    found: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
-    if not found:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise MergeError(f"open_clip:{name}/{tag}: open_clip has no such weights; for {name} it has: {tags}")
-    return found
+    return QUICK_GELU if pretrained_config(name, tag).get("quick_gelu", False) else GELU
 
 
 def _config(name: str) -> dict[str, Any]:
@@ -194,6 +187,6 @@ def _preprocess_config(name: str, tag: str | None) -> dict[str, Any]:
     if name.startswith(_LOCAL):
         return dict(merge_preprocess_dict(default, _local_config(name).get("preprocess_cfg", {})))
     tags = [tag] if tag is not None else open_clip.list_pretrained_tags_by_model(name)
-    found = [merge_preprocess_dict(default, _tag_config(name, tag)) for tag in tags]
+    found = [merge_preprocess_dict(default, pretrained_config(name, tag)) for tag in tags]
     agreed = found and all(one == found[0] for one in found)
     return dict(found[0] if agreed else merge_preprocess_dict(default, {}))

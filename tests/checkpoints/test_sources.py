@@ -86,8 +86,8 @@ class TestOnDisk:
             ("absent.safetensors", r"absent\.safetensors: no such file or folder here or below"),
             ("./absent", "no such file or folder"),
             ("empty", "a folder without weights; expected one of model.safetensors"),
-            ("open_clip:ViT-B-32/nonsense", "open_clip has no such weights; it has openai"),
-            ("open_clip:nonsense/openai", "it does not know the architecture"),
+            ("open_clip:ViT-B-32/nonsense", "open_clip has no such weights; for ViT-B-32 it has openai"),
+            ("open_clip:nonsense/openai", "it knows none for nonsense"),
         ],
     )
     def test_what_is_not_there_is_named(self, spec: str, message: str, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ class TestPreprocessing:
         ({"name": "ViT-B-33"}, "ViT-B-33: no architecture of open_clip; near: ViT-B-32"),
         ({"name": "hf-hub:laion/x"}, "hf-hub:laion/x: an encoder downloads nothing"),
         ({"name": "local-dir:nowhere"}, "nowhere/open_clip_config.json: .*no such file"),
-        ({"name": "ViT-B-32", "tag": "openia"}, "open_clip has no such weights; for ViT-B-32 it has: openai,"),
+        ({"name": "ViT-B-32", "tag": "openia"}, "open_clip has no such weights; for ViT-B-32 it has openai,"),
         ({"name": "ViT-B-16-SigLIP", "force_quick_gelu": True}, "comes from timm"),
     ],
 )
