@@ -16,10 +16,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdaMerging": "lit_merge.methods",
+    "ClipSuite": "lit_merge.suites",
     "Dare": "lit_merge.methods",
     "Diversity": "lit_merge.objectives",
     "Entropy": "lit_merge.objectives",
     "ExpertAlignment": "lit_merge.objectives",
+    "ExpertModule": "lit_merge.expert",
+    "FineTuneDataModule": "lit_merge.data",
+    "LinearizedSuite": "lit_merge.suites",
     "MergeError": "lit_merge.errors",
     "MergeModule": "lit_merge.module",
     "MergeTrainer": "lit_merge.trainer",
@@ -41,10 +45,14 @@ _MODULES = ("callbacks", "configs", "functional", "transforms")
 
 __all__ = (
     "AdaMerging",
+    "ClipSuite",
     "Dare",
     "Diversity",
     "Entropy",
     "ExpertAlignment",
+    "ExpertModule",
+    "FineTuneDataModule",
+    "LinearizedSuite",
     "MergeError",
     "MergeModule",
     "MergeTrainer",
@@ -71,13 +79,14 @@ __all__ = (
 if TYPE_CHECKING:
     from lit_merge import callbacks, configs, functional, transforms
     from lit_merge.cli import main
-    from lit_merge.data import TaskDataModule
+    from lit_merge.data import FineTuneDataModule, TaskDataModule
     from lit_merge.errors import MergeError
+    from lit_merge.expert import ExpertModule
     from lit_merge.loggers import RunLogger
     from lit_merge.methods import AdaMerging, Dare, SimpleAverage, TaskArithmetic, Ties
     from lit_merge.module import MergeModule
     from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
-    from lit_merge.suites import MiniSuite, NetworkSuite, Suite
+    from lit_merge.suites import ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite
     from lit_merge.task_vectors import TaskVectors
     from lit_merge.trainer import MergeTrainer
     from lit_merge.transforms import Transform

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_merge.finetune import SupervisedModule
 from lit_merge.module import MergeModule
 from lit_merge.objectives import Objective
 from lit_merge.suites import Suite
@@ -20,7 +21,18 @@ from lit_merge.transforms import Transform
 
 __all__ = ("hint",)
 
-_FAMILIES = (MergeModule, Objective, Transform, Suite, Callback, Logger, L.LightningDataModule, Optimizer, LRScheduler)
+_FAMILIES = (
+    MergeModule,
+    SupervisedModule,
+    Objective,
+    Transform,
+    Suite,
+    Callback,
+    Logger,
+    L.LightningDataModule,
+    Optimizer,
+    LRScheduler,
+)
 _TOP = {"trainer", "model", "suite", "data", "config", "seed_everything", "ckpt_path", "init_args", "class_path"}
 _CLASS = re.compile(r"(?:import path string|Not a valid subclass name|class_path)[^:\n]*:\s*['\"]?([\w.]+)")
 _OPTION = re.compile(r"(?:Option|option|arguments?:) '?(?:--)?([\w.]+?)'?(?: is not accepted|$|=|\s)")

@@ -3,10 +3,12 @@
 from lit_merge.data.batches import LabelledBatch, UnlabelledBatch
 from lit_merge.data.datamodule import Protocol, TaskDataModule
 from lit_merge.data.datasets import Indexed, TaskMixture
+from lit_merge.data.finetune_data import FineTuneDataModule
 from lit_merge.data.loaders import EvaluationSampler, ResumableLoader, StreamSampler
 
 __all__ = (
     "EvaluationSampler",
+    "FineTuneDataModule",
     "Indexed",
     "LabelledBatch",
     "Protocol",

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from lit_merge.checkpoints.atomic import atomic_path, cache_root
 from lit_merge.errors import MergeError
+from lit_merge.linearized import LinearizedNetwork
 from lit_merge.suites import _mini_build as build
 from lit_merge.suites._mini_images import CLASSES, IMAGES_VERSION, TaskImages, build_images
 from lit_merge.suites.base import Split, Suite
@@ -69,9 +70,12 @@ class MiniSuite(Suite):
         pretrain_steps: Optimiser steps of the joint pretraining, at least 1.
         finetune_steps: Optimiser steps of each expert, at least 1.
         cache_dir: Where to keep what is built; ``None`` means ``$LIT_MERGE_CACHE``, else ``~/.cache/lit-merge``.
+        finetuning: ``full``; or ``linearized``: base, heads and images are the same, the experts are fine-tuned in the
+            tangent space of the base (arXiv 2305.12827), and the network is that tangent,
+            :class:`~lit_merge.linearized.LinearizedNetwork`.
 
     Raises:
-        MergeError: A task is unknown or named twice, there is none, or a number is out of range.
+        MergeError: A task is unknown or named twice, there is none, or another argument is out of range.
 
     >>> MiniSuite(["mnist", "symbols"]).tasks
     ('mnist', 'symbols')
@@ -84,15 +88,24 @@ class MiniSuite(Suite):
         pretrain_steps: int = 1200,
         finetune_steps: int = 250,
         cache_dir: str | Path | None = None,
+        finetuning: build.Finetuning = "full",
     ) -> None:
         self._tasks = _check_tasks(tasks)
         _check_least(seed=(seed, 0), pretrain_steps=(pretrain_steps, 1), finetune_steps=(finetune_steps, 1))
         self.seed = seed
         self.pretrain_steps = pretrain_steps
         self.finetune_steps = finetune_steps
+        if finetuning not in get_args(build.Finetuning):
+            raise MergeError(f"MiniSuite: finetuning must be full or linearized, got {finetuning!r}")
+        self.finetuning: build.Finetuning = finetuning
         self._root = cache_root(cache_dir) / "mini"
         self._images: dict[str, TaskImages] = {}
         self._found: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the suite in reports."""
+        return "MiniSuite" if self.finetuning == "full" else f"MiniSuite ({self.finetuning})"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -114,7 +127,8 @@ class MiniSuite(Suite):
 
     def network(self) -> nn.Module:
         """Return the vision transformer, mapping images ``(B, 3, 28, 28)`` to features ``(B, 64)``."""
-        return build.make_network()
+        network = build.make_network()
+        return network if self.finetuning == "full" else LinearizedNetwork(network, self.base())
 
     def base(self) -> Mapping[str, Tensor]:
         """Return the state dict of the pretrained network, built first if need be."""
@@ -126,7 +140,8 @@ class MiniSuite(Suite):
         Raises:
             MergeError: The suite has no such task.
         """
-        path = self.folder / "experts" / f"{self.check_task(task)}.safetensors"
+        kind = "experts" if self.finetuning == "full" else f"experts-{self.finetuning}-{build.LINEARIZED_RATE:g}"
+        path = self.folder / kind / f"{self.check_task(task)}.safetensors"
         return _load(path) or _save(path, self._fine_tuned(task))
 
     def head(self, task: str) -> nn.Module:
@@ -187,7 +202,8 @@ class MiniSuite(Suite):
         base, heads = self._pretrained()
         title = f"building mini suite: expert {task} ({self.tasks.index(task) + 1}/{len(self.tasks)})"
         images = self._labelled(task, "train")
-        return build.fine_tune(base, build.make_head(heads[task]), task, images, self.finetune_steps, self.seed, title)
+        steps, head = self.finetune_steps, build.make_head(heads[task])
+        return build.fine_tune(base, head, task, images, steps, self.seed, title, self.finetuning)
 
     def _content_hash(self) -> str:
         """Return 16 hex digits of a hash over all that decides the weights."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lit_merge.errors import MergeError, MissingExtraError
 from lit_merge.finetune import FineTuneModule
+from lit_merge.linearized import LinearizedNetwork
 from lit_merge.suites import _mini_build as build
 from lit_merge.suites._mini_glyphs import GLYPH_TASKS
 from lit_merge.suites._mini_images import CLASSES, build_images
@@ -217,6 +218,42 @@ class TestCache:
             monkeypatch.setenv(name, value)
         built.prepare()
         assert path.read_bytes() == whole
+
+
+class TestLinearized:
+    """Experts in the tangent space share everything else with the ordinary ones."""
+
+    @pytest.fixture
+    def linear(self, built: MiniSuite) -> MiniSuite:
+        root = built.folder.parent.parent
+        return MiniSuite(TASKS, 0, 2, 2, root, finetuning="linearized")
+
+    def test_base_heads_and_images_are_found(self, built: MiniSuite, linear: MiniSuite) -> None:
+        before = contents(built.folder)
+        linear.prepare()
+        assert linear.folder == built.folder
+        after = contents(built.folder)
+        assert {name: after[name] for name in before} == before
+        assert len(after) == len(before) + len(TASKS)
+        assert all(name.startswith("experts-linearized-") for name in set(after) - set(before))
+        assert linear.name == "MiniSuite (linearized)"
+
+    def test_network_is_the_tangent_at_the_base(self, linear: MiniSuite) -> None:
+        network, plain, images = linear.network(), build.make_network(), linear.dataset("mnist", "test").tensors[0][:4]
+        plain.load_state_dict(dict(linear.base()))
+        assert isinstance(network, LinearizedNetwork)
+        torch.testing.assert_close(network(images), plain(images))
+
+    def test_experts_are_trained_in_it(self, linear: MiniSuite, built: MiniSuite) -> None:
+        expert, ordinary, base = linear.expert("mnist"), built.expert("mnist"), linear.base()
+        assert expert.keys() == base.keys()
+        mine, theirs = (torch.cat([(s[name] - base[name]).flatten() for name in base]) for s in (expert, ordinary))
+        assert torch.cosine_similarity(mine, theirs, dim=0) > 0.9  # the first step has the same gradient
+        assert not torch.equal(mine, theirs)
+
+    def test_another_kind_is_refused(self) -> None:
+        with pytest.raises(MergeError, match="finetuning must be full or linearized, got 'lora'"):
+            MiniSuite(finetuning="lora")  # type: ignore[arg-type]
 
 
 class TestImages:
