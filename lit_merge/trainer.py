@@ -43,6 +43,9 @@ class MergeTrainer(L.Trainer):
         if isinstance(model, MergeModule) and not model.learnable:
             rank_zero_info(f"{type(model).__name__} has nothing to learn: there is no fit, only evaluation")
             return
+        # lightning 2.6 takes a run that is limited by max_steps for one in the middle of an epoch whenever it resumes,
+        # also after the end of one, and would drop the rest of the next epoch
+        self.fit_loop._iteration_based_training = lambda: False  # type: ignore[method-assign]
         if ckpt_path == "last":
             last = run_dir(self) / "last.ckpt"
             ckpt_path = last if last.is_file() else None

@@ -41,6 +41,7 @@ class Case:
     protocol: Literal["transductive", "split", "online"] = "transductive"
     every: int = 2
     ties: bool = False
+    steps: int | None = None  # the run is limited by steps, not epochs
 
     def model(self, suite: Suite | None = None, **kwargs: Any) -> AdaMerging:
         objective: Objective = Entropy()
@@ -60,7 +61,8 @@ class Case:
 
     def trainer(self, root: Path, callbacks: list[L.Callback] | None = None, **kwargs: Any) -> MergeTrainer:
         options: dict[str, Any] = {
-            "max_epochs": 1 if self.protocol == "online" else EPOCHS,
+            "max_epochs": 1 if self.protocol == "online" else -1 if self.steps else EPOCHS,
+            "max_steps": self.steps or -1,
             "accumulate_grad_batches": self.accumulate,
             "limit_val_batches": 0 if self.workers else None,  # six more processes each time
             "callbacks": [Report(), CollapseMonitor(every_n_steps=3), ResumePoint(self.every), *(callbacks or [])],
