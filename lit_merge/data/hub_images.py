@@ -17,7 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 from lit_merge.errors import MergeError, require
 
-__all__ = ("HubImages", "ImageSet", "Transform", "is_path", "refusing")
+__all__ = ("HubImages", "ImageSet", "Transform", "config_of_copy", "is_path", "refusing")
 
 Transform = Callable[[Any], Tensor]
 """Maps an RGB picture of Pillow to a float tensor ``(3, H, W)``."""
@@ -192,11 +192,32 @@ def refusing(where: str, advice: str) -> Iterator[None]:
         raise MergeError(f"{where}: cannot be opened ({_first_line(reason)}); {advice}") from error
 
 
+def config_of_copy(folder: Path, config: str | None) -> str | None:
+    """Return the configuration to ask a copy of a repository for: one that holds a single one may not know its name.
+
+    Args:
+        folder: The copy.
+        config: Name of the configuration on the hub.
+
+    Raises:
+        MergeError: The folder cannot be opened.
+    """
+    if config is None or _saved_to_disk(folder):
+        return config
+    with refusing(str(folder), "expected Parquet files or another layout that datasets.load_dataset opens"):
+        names = require("datasets", "hf").get_dataset_config_names(str(folder))
+    return None if names == ["default"] else config
+
+
+def _saved_to_disk(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
 def _from_disk(folder: Path, split: str) -> Any:  # noqa: ANN401 - datasets is optional
     """Open what ``save_to_disk`` wrote, if it did."""
-    many = (folder / "dataset_dict.json").is_file()
-    if not many and not (folder / "state.json").is_file():
+    if not _saved_to_disk(folder):
         return None
+    many = (folder / "dataset_dict.json").is_file()
     with refusing(str(folder), "save it to disk again, with images in every split"):
         found = require("datasets", "hf").load_from_disk(str(folder))
         if not many:

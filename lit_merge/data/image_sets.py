@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lit_merge.data.file_images import FolderImages, TorchvisionImages
-from lit_merge.data.hub_images import HubImages, ImageSet, Transform, is_path
+from lit_merge.data.hub_images import HubImages, ImageSet, Transform, config_of_copy, is_path
 from lit_merge.errors import MergeError, MissingExtraError, require
 
 __all__ = (
@@ -164,7 +164,7 @@ def open_images(
     return HubImages(
         mirror or str(source.id),
         name,
-        config=source.config,
+        config=config_of_copy(mirror, source.config) if mirror else source.config,
         image=source.image,
         label=source.label,
         transform=transform,

@@ -190,6 +190,12 @@ class TestHubImages:
         with pytest.raises(MergeError, match=message):
             open_hub(saved(tmp_path / "set", test=data()))
 
+    def test_a_copy_of_one_configuration_need_not_know_its_name(self, tmp_path: Path) -> None:
+        repository(tmp_path / "org/set", test=made([3]))
+        source = ImageSource(id="org/set", config="cropped_digits")
+        data = open_images(source, root=tmp_path, cache_dir=tmp_path / "cache")
+        assert data[0][1] == 3
+
     def test_an_empty_split(self, tmp_path: Path) -> None:
         with pytest.raises(MergeError, match=r"\(test\): the split is empty; expected images"):
             open_hub(repository(tmp_path / "set", train=made([0]), test=made([0]).select([])))
