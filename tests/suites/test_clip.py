@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 from commands import refused, report
+from fake_hub import fake_hub
 from safetensors.torch import load_file, save_file
 
 from lit_merge import configs
 from lit_merge.cli import main
-from lit_merge.commands.suite import overlays
+from lit_merge.commands.suite import overlays, show_size
 from lit_merge.errors import MergeError
 from lit_merge.suites import ClipSuite
 from lit_merge.suites.checking import check_suite
@@ -143,6 +144,26 @@ class TestCommand:
         said = " ".join(capsys.readouterr().out.split())
         assert "to fetch: 17 of 17" in said
         assert list(tmp_path.iterdir()) == []
+
+    def test_show_asks_the_hub_for_sizes(
+        self, mirror: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        constants = pytest.importorskip("huggingface_hub.constants")
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(Path("nothing").absolute()))
+        monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", Path("nothing").absolute())
+        args = ["suite", "show", "clip-vit-b-32-8", f"--suite.base={BASE}", "--suite.tasks=[mnist]"]
+        with fake_hub(mirror) as hub:
+            monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+            main(args)
+            assert hub.fetched == []
+        said = " ".join(capsys.readouterr().out.split())
+        expert = show_size((mirror / EXPERT.format(task="mnist") / "model.safetensors").stat().st_size)
+        assert re.search(rf"expert mnist tanganke/clip-vit-base-patch32_mnist newest no {expert}", said)
+        assert "to fetch: 3 of 3" in said
+        assert "of unknown size" not in said
+        main(args)  # nobody answers any more
+        assert "3 of unknown size" in " ".join(capsys.readouterr().out.split())
 
     def test_a_check_names_everything_that_is_wrong(self, mirror: Path, capsys: pytest.CaptureFixture[str]) -> None:
         broken = Path("broken")
