@@ -83,7 +83,7 @@ class Report(L.Callback):
             return
         results = self._stream.applied(trainer, model.results)
         folder = run_dir(trainer)
-        extra = {key: results[key] for key in ("unseen",) if key in results} | self.extra
+        extra = {key: results[key] for key in ("unseen",) if key in results} | model.report_extra() | self.extra
         self.content = {
             "schema": 1,
             "method": type(model).__name__,

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdaMerging": "lit_merge.methods",
     "ClipSuite": "lit_merge.suites",
+    "ConcreteMerging": "lit_merge.methods",
     "Dare": "lit_merge.methods",
     "Diversity": "lit_merge.objectives",
     "Entropy": "lit_merge.objectives",
@@ -46,6 +47,7 @@ _MODULES = ("callbacks", "configs", "functional", "transforms")
 __all__ = (
     "AdaMerging",
     "ClipSuite",
+    "ConcreteMerging",
     "Dare",
     "Diversity",
     "Entropy",
@@ -83,7 +85,7 @@ if TYPE_CHECKING:
     from lit_merge.errors import MergeError
     from lit_merge.expert import ExpertModule
     from lit_merge.loggers import RunLogger
-    from lit_merge.methods import AdaMerging, Dare, SimpleAverage, TaskArithmetic, Ties
+    from lit_merge.methods import AdaMerging, ConcreteMerging, Dare, SimpleAverage, TaskArithmetic, Ties
     from lit_merge.module import MergeModule
     from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
     from lit_merge.suites import ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite

@@ -110,6 +110,10 @@ class MergeModule(EvaluationSteps, ABC):
         """Return coefficients per task and tensor ``(T, L)`` for tables and pictures, if the method has them."""
         return None
 
+    def report_extra(self) -> dict[str, Any]:
+        """Return plain data that the method adds to ``extra`` of the report."""
+        return {}
+
     @property
     def learnable(self) -> bool:
         """Whether the method has parameters to train."""

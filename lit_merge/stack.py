@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.masked import Mask
 
 __all__ = ("Stack",)
 
@@ -53,6 +54,11 @@ class Stack(nn.Module):
     def device(self) -> torch.device:
         """Where the bank is."""
         return self._base.device
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each tensor."""
+        return tuple(part.stop - part.start for part, _, _ in self._layout.values())
 
     def put(self, row: int, name: str, value: Tensor) -> None:
         """Store ``value`` − base; names that are not in the stack are left to others."""
@@ -99,17 +105,19 @@ class Stack(nn.Module):
             new._deltas[:, self._layout[name][0]] = deltas[name].reshape(len(old), -1).to(self._deltas.dtype)
         return new
 
-    def contract(self, coefficients: Tensor) -> dict[str, Tensor]:
-        """Merge with coefficients ``(T, L)``; see :meth:`lit_merge.TaskVectors.contract`."""
+    def contract(self, coefficients: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
+        """Merge with coefficients ``(T, L)`` and a mask; see :meth:`lit_merge.TaskVectors.contract`."""
         with torch.autocast(self.device.type, enabled=False):  # coefficient arithmetic is never in half precision
-            return dict(zip(self.names, _Contract.apply(coefficients, self), strict=True))
+            if mask is None:
+                return dict(zip(self.names, _Contract.apply(coefficients, self), strict=True))
+            merged = _MaskedContract.apply(coefficients, self, mask.recipe, *mask.logits)
+            return dict(zip(self.names, merged, strict=True))
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""
         merged = []
         for column, (part, shape, dtype) in enumerate(self._layout.values()):
-            rows = self._deltas[:, part].to(self.compute_dtype)
-            value = torch.addmv(self._base[part].to(self.compute_dtype), rows.T, coefficients[:, column])
+            value = torch.addmv(self._base[part].to(self.compute_dtype), self._rows(part).T, coefficients[:, column])
             merged.append(value.to(dtype).reshape(shape))
         return tuple(merged)
 
@@ -118,9 +126,58 @@ class Stack(nn.Module):
         result = self._deltas.new_zeros(len(self._deltas), len(self.names), dtype=self.compute_dtype)
         for column, (gradient, (part, _, _)) in enumerate(zip(gradients, self._layout.values(), strict=True)):
             if gradient is not None:
-                rows = self._deltas[:, part].to(self.compute_dtype)
-                result[:, column] = torch.mv(rows, gradient.flatten().to(self.compute_dtype))
+                result[:, column] = torch.mv(self._rows(part), gradient.flatten().to(self.compute_dtype))
         return result
+
+    def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
+        """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
+        merged = []
+        for column, (part, shape, dtype) in enumerate(self._layout.values()):
+            factor = mask.recipe(column, *(x[part] for x in mask.logits))
+            offset = self._rows(part).T.mv(coefficients[:, column])
+            value = torch.addcmul(self._base[part].to(self.compute_dtype), factor, offset)
+            merged.append(value.to(dtype).reshape(shape))
+        return tuple(merged)
+
+    def masked_gradients(
+        self, coefficients: Tensor, mask: Mask, gradients: Sequence[Tensor | None], wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Backward half of :meth:`contract` with a mask, which is made again tensor by tensor.
+
+        Args:
+            coefficients: ``(T, L)``.
+            mask: The mask.
+            gradients: dL/dθ_l, ``(*shape)`` each.
+            wanted: For the coefficients and for each of the logits, whether its gradient is asked for.
+
+        Returns:
+            ⟨dL/dθ_l ⊙ m_l, τ_{t,l}⟩ as ``(T, L)``, and (dL/dθ ⊙ offset) · dm/dx as ``(P,)`` for each of the logits; one
+            pass over the bank for each of the two that is wanted.
+        """
+        products = torch.zeros_like(coefficients) if wanted[0] else None
+        slopes = [torch.zeros_like(x) if want else None for x, want in zip(mask.logits, wanted[1:], strict=True)]
+        for column, (gradient, (part, _, _)) in enumerate(zip(gradients, self._layout.values(), strict=True)):
+            if gradient is None:
+                continue
+            gradient = gradient.flatten().to(self.compute_dtype)
+            with torch.enable_grad():
+                pieces = [
+                    x.detach()[part].requires_grad_(s is not None) for x, s in zip(mask.logits, slopes, strict=True)
+                ]
+                factor = mask.recipe(column, *pieces)
+            if products is not None:
+                products[:, column] = self._rows(part).mv(gradient * factor.detach())
+            if factor.requires_grad:
+                outer = gradient * self._rows(part).T.mv(coefficients[:, column])
+                asked = [(x, s) for x, s in zip(pieces, slopes, strict=True) if s is not None]
+                found = torch.autograd.grad(factor, [x for x, _ in asked], outer, allow_unused=True)
+                for (_, slope), value in zip(asked, found, strict=True):
+                    if value is not None:
+                        slope[part] = value
+        return products, *slopes
+
+    def _rows(self, part: slice) -> Tensor:
+        return self._deltas[:, part].to(self.compute_dtype)
 
     def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
         return {name: flat[part].to(dtype).reshape(shape) for name, (part, shape, dtype) in self._layout.items()}
@@ -144,3 +201,26 @@ class _Contract(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401
         with torch.autocast(ctx.stack.device.type, enabled=False):
             return ctx.stack.inner_products(gradients), None
+
+
+class _MaskedContract(torch.autograd.Function):
+    """Saves coefficients and logits only: mask and offset are cheaper to make again than to keep."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, coefficients: Tensor, stack: Stack, recipe: Callable[..., Tensor], *logits: Tensor  # noqa: ANN401
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.stack, ctx.recipe = stack, recipe
+        ctx.save_for_backward(coefficients, *logits)
+        ctx.set_materialize_grads(False)
+        return stack.combine_masked(coefficients, Mask(recipe, logits))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        coefficients, *logits = ctx.saved_tensors
+        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        mask = Mask(ctx.recipe, tuple(logits))
+        with torch.autocast(ctx.stack.device.type, enabled=False):
+            products, *slopes = ctx.stack.masked_gradients(coefficients, mask, gradients, wanted)
+        return products, None, None, *slopes

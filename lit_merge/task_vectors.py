@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_merge.checkpoints.checks import check_state, check_tied, common_layout
 from lit_merge.checkpoints.digests import StateDigest
 from lit_merge.errors import MergeError
+from lit_merge.functional.masked import Mask
 from lit_merge.stack import Stack
 
 __all__ = ("BufferPolicy", "Granularity", "TaskVectors")
@@ -107,6 +108,11 @@ class TaskVectors(nn.Module):
         return self._weights.names
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each of these tensors."""
+        return self._weights.sizes
+
+    @property
     def base(self) -> Mapping[str, Tensor]:
         """Complete state dict of the base, in its own dtypes; treat it as read-only."""
         return self._assemble(self._weights.base(), self._statistics.base())
@@ -149,20 +155,21 @@ class TaskVectors(nn.Module):
         order = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return tuple(order), torch.tensor([order[key] for key in keys], dtype=torch.long)
 
-    def contract(self, coefficients: float | Tensor) -> dict[str, Tensor]:
-        """Return θ_l = θ0_l + Σ_t λ_{t,l} τ_{t,l}, differentiable with respect to the coefficients.
+    def contract(self, coefficients: float | Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
+        """Return θ_l = θ0_l + m_l ⊙ Σ_t λ_{t,l} τ_{t,l}, differentiable with respect to coefficients and mask logits.
 
-        Both directions read the bank once: forward the sum, backward dL/dλ_{t,l} = ⟨dL/dθ_l, τ_{t,l}⟩. No graph over
-        the bank is kept.
+        Both directions read the bank once: forward the sum, backward dL/dλ_{t,l} = ⟨dL/dθ_l ⊙ m_l, τ_{t,l}⟩, or the
+        sum again for dL/dm_l = dL/dθ_l ⊙ Σ_t λ_{t,l} τ_{t,l}. No graph over the bank is kept, and no mask.
 
         Args:
             coefficients: A number, one per task ``(T,)``, or one per task and tensor ``(T, L)``.
+            mask: Factors of the entries, shared by the tasks, from logits ``(P,)`` with P the sum of :attr:`sizes`.
 
         Returns:
             Merged parameters by name, in the dtypes of the base.
 
         Raises:
-            MergeError: The shape of the coefficients is none of these.
+            MergeError: The shape of the coefficients is none of these, or that of the logits is wrong.
 
         >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
         >>> bank.contract(0.25)["w"]
@@ -178,7 +185,10 @@ class TaskVectors(nn.Module):
             raise MergeError(
                 f"coefficients: expected a number, ({tasks},) or ({tasks}, {tensors}), found {tuple(values.shape)}"
             )
-        return self._weights.contract(values)
+        for logits in () if mask is None else mask.logits:
+            if logits.shape != (len(self._weights),):
+                raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
+        return self._weights.contract(values, mask)
 
     def offset(self, delta: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """Return θ0 + scale · delta for one merged task vector.
