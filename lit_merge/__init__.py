@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdaMerging": "lit_merge.methods",
+    "BackdoorSuite": "lit_merge.suites",
     "ClipSuite": "lit_merge.suites",
     "ConcreteMerging": "lit_merge.methods",
     "Dare": "lit_merge.methods",
@@ -42,10 +43,11 @@ _HOMES = {
     "WeightedSum": "lit_merge.objectives",
     "main": "lit_merge.cli",
 }
-_MODULES = ("callbacks", "configs", "functional", "transforms")
+_MODULES = ("attacks", "callbacks", "configs", "functional", "transforms")
 
 __all__ = (
     "AdaMerging",
+    "BackdoorSuite",
     "ClipSuite",
     "ConcreteMerging",
     "Dare",
@@ -71,6 +73,7 @@ __all__ = (
     "Transform",
     "WeightedSum",
     "__version__",
+    "attacks",
     "callbacks",
     "configs",
     "functional",
@@ -79,7 +82,7 @@ __all__ = (
 )
 
 if TYPE_CHECKING:
-    from lit_merge import callbacks, configs, functional, transforms
+    from lit_merge import attacks, callbacks, configs, functional, transforms
     from lit_merge.cli import main
     from lit_merge.data import FineTuneDataModule, TaskDataModule
     from lit_merge.errors import MergeError
@@ -88,7 +91,7 @@ if TYPE_CHECKING:
     from lit_merge.methods import AdaMerging, ConcreteMerging, Dare, SimpleAverage, TaskArithmetic, Ties
     from lit_merge.module import MergeModule
     from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
-    from lit_merge.suites import ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite
+    from lit_merge.suites import BackdoorSuite, ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite
     from lit_merge.task_vectors import TaskVectors
     from lit_merge.trainer import MergeTrainer
     from lit_merge.transforms import Transform

@@ -31,7 +31,7 @@ from lit_merge.trainer import MergeTrainer
 __all__ = ("MergeCLI", "main")
 
 # what a config may name by its bare class name
-_REGISTRY = ("methods", "objectives", "transforms", "suites", "data", "callbacks", "loggers")
+_REGISTRY = ("attacks", "methods", "objectives", "transforms", "suites", "data", "callbacks", "loggers")
 
 
 class MergeCLI(LightningCLI):

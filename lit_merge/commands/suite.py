@@ -14,6 +14,7 @@ from lit_merge import configs
 from lit_merge.errors import MergeError
 from lit_merge.parsing import MergeParser, hint_config
 from lit_merge.suites import Suite
+from lit_merge.suites._mini_images import CLASSES
 from lit_merge.suites.checking import Finding, check_suite
 
 __all__ = ("load_suite", "main", "overlays", "show_size")
@@ -114,7 +115,9 @@ def _list() -> None:
         assert path is not None
         text = path.read_text()
         arguments = yaml.safe_load(text)["suite"]["init_args"]
-        count = str(len(arguments["tasks"])) + (f" + {len(arguments['unseen'])}" if "unseen" in arguments else "")
+        count = str(len(arguments.get("tasks", CLASSES))) + (
+            f" + {len(arguments['unseen'])}" if "unseen" in arguments else ""
+        )
         table.add_row(name, count, text.splitlines()[0].removeprefix("# "))
     table.add_row("(default)", "7", "The embedded suite MiniSuite: built on the spot, nothing is downloaded.")
     Console().print(table)

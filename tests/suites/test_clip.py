@@ -94,7 +94,7 @@ class TestTheBundledConfigs:
         assert set(ours) == set(theirs)
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
-    @pytest.mark.parametrize("name", overlays())
+    @pytest.mark.parametrize("name", [name for name in overlays() if name.startswith("clip")])
     def test_every_overlay_is_complete(self, name: str) -> None:
         path = configs.find(f"suites/{name}")
         assert path is not None
