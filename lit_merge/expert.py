@@ -19,6 +19,7 @@ from lit_merge.checkpoints.atomic import atomic_path
 from lit_merge.checkpoints.checks import check_finite
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.export import write_json
+from lit_merge.checkpoints.sources import Source
 from lit_merge.errors import MergeError, require
 from lit_merge.finetune import SupervisedModule
 from lit_merge.linearized import LinearizedNetwork
@@ -150,12 +151,12 @@ class ExpertModule(SupervisedModule):
             MergeError: Something differs.
         """
         self.configure_model()
-        saved = checkpoint.get("lit_merge", {})
+        saved = found if isinstance(found := checkpoint.get("lit_merge"), Mapping) else {}
         for key, value in self.origin.items():
-            if (found := saved.get(key)) != value:
+            if saved.get(key) != value:
                 raise MergeError(
-                    f"checkpoint: its {key} is {found}, that of this run is {value}; give the arguments of the run "
-                    "that is resumed, or start without --ckpt_path"
+                    f"checkpoint: its {key} is {saved.get(key)}, that of this run is {value}; give the arguments of "
+                    "the run that is resumed, or start without --ckpt_path"
                 )
 
 
@@ -205,13 +206,25 @@ def write_expert(
         check_finite(f"expert of {module.task!r}", name, value)
     if isinstance(module.network, LoraNetwork):
         plain = load_base(deepcopy(module.suite.network()), module.suite.base())
-        write_adapter(folder / "adapter", plain, module.network)
+        write_adapter(folder / "adapter", plain, module.network, base_name=_base_name(module.suite))
     digest = state_digest(state)
     weights = {"file": "model.safetensors", "sha256": digest}
     write_json(folder / "finetune.json", _provenance(trainer, module) | dict(more or {}) | {"weights": weights})
     with atomic_path(folder / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt", "producer": "lit-merge", "sha256": digest})
     return folder / "model.safetensors"
+
+
+def _base_name(suite: Suite) -> str | None:
+    """Return the name by which the suite's base is known to others, without a revision, if it has one."""
+    base = suite.sources().get("base")
+    spec = base.get("source") if isinstance(base, Mapping) else None
+    if not isinstance(spec, str):
+        return None
+    source = Source(spec)
+    if source.hub_id is not None:
+        return source.hub_id[0]
+    return spec if source.open_clip_tag is None else None  # weights of open_clip that no repository has
 
 
 def _provenance(trainer: L.Trainer, module: ExpertModule) -> dict[str, Any]:

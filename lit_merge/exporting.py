@@ -12,8 +12,10 @@ from torch import Tensor
 from lit_merge.checkpoints.export import write_card, write_merged
 from lit_merge.checkpoints.hugging_face_export import write_hugging_face, write_open_clip
 from lit_merge.checkpoints.model_card import model_card
+from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.encoders.base import ImageEncoder
 from lit_merge.encoders.hugging_face_encoder import HuggingFaceEncoder
+from lit_merge.encoders.json_files import read_json
 from lit_merge.encoders.open_clip_encoder import OpenClipEncoder
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
@@ -27,7 +29,11 @@ _LIBRARIES = {"safetensors": None, "hugging_face": "transformers", "open_clip": 
 
 
 def export_merge(
-    folder: str | Path, trainer: L.Trainer, model: MergeModule, form: ExportFormat = "safetensors"
+    folder: str | Path,
+    trainer: L.Trainer,
+    model: MergeModule,
+    form: ExportFormat = "safetensors",
+    origin: Path | None = None,
 ) -> Path:
     """Write weights, ``merge.json`` and a model card.
 
@@ -43,6 +49,7 @@ def export_merge(
         trainer: Whose callbacks know configuration and scores.
         model: The merge.
         form: Which of these.
+        origin: Checkpoint that the merge was loaded from: steps, configuration and scores are then those of its run.
 
     Returns:
         Path of the weights.
@@ -52,8 +59,8 @@ def export_merge(
     """
     if form not in get_args(ExportFormat):
         raise MergeError(f"format: expected safetensors, hugging_face or open_clip, found {form!r}")
-    state, facts = model.merged_state(), provenance(trainer, model)
-    card = card_of(trainer, model, form)
+    state, facts = model.merged_state(), provenance(trainer, model) | _facts_of(origin)
+    card = card_of(trainer, model, form, origin)
     if form == "safetensors":
         path = write_merged(folder, state, facts)
         write_card(folder, card)
@@ -82,19 +89,33 @@ def _write_clip(
     return write_hugging_face(folder, state, config, preprocessor, facts, card, projection=projection)
 
 
-def card_of(trainer: L.Trainer, model: MergeModule, form: ExportFormat = "safetensors") -> str:
+def _facts_of(origin: Path | None) -> dict[str, Any]:
+    """Steps and configuration of the run that left a checkpoint."""
+    if origin is None:
+        return {}
+    config = origin.parent / "config.yaml"
+    known = {"config": config.read_text(encoding="utf-8")} if config.is_file() else {}
+    return {"steps": int(read_checkpoint(origin).get("global_step", 0)), **known}
+
+
+def card_of(
+    trainer: L.Trainer, model: MergeModule, form: ExportFormat = "safetensors", origin: Path | None = None
+) -> str:
     """Return the model card, with scores if the merge was evaluated.
 
     Args:
         trainer: Whose callbacks know configuration and scores.
         model: The merge.
         form: Format of the export, for the words on how to load it.
+        origin: See :func:`export_merge`.
     """
     from lit_merge.callbacks.report import Report
 
     reports = [c.content for c in trainer.callbacks if isinstance(c, Report) and c.content]  # type: ignore[attr-defined]
     encoder = model.skeleton.network
-    facts = provenance(trainer, model)
+    facts = provenance(trainer, model) | _facts_of(origin)
+    if origin is not None and (origin.parent / "report.json").is_file():
+        reports.append(read_json(origin.parent / "report.json"))
     if isinstance(encoder, ImageEncoder):
         facts |= {"activation": encoder.activation}
     if isinstance(encoder, OpenClipEncoder):

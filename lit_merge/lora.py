@@ -117,13 +117,15 @@ class LoraNetwork(Reparametrized):
         return {name: tensor_at(self.frozen, name).detach() for name in self.names} | self.changed()
 
 
-def write_adapter(folder: str | Path, network: nn.Module, lora: LoraNetwork) -> Path:
+def write_adapter(folder: str | Path, network: nn.Module, lora: LoraNetwork, *, base_name: str | None = None) -> Path:
     """Write the factors as an adapter of the ``peft`` library, which loads it onto the base.
 
     Args:
         folder: Where to; it is replaced as a whole.
         network: The plain network with the values of the base. It is changed: peft puts its layers into it.
         lora: Has the factors.
+        base_name: Repository or path of the base, for ``base_model_name_or_path``; with it the adapter is refused on
+            a base of another name.
 
     Returns:
         The folder, with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -146,7 +148,8 @@ def write_adapter(folder: str | Path, network: nn.Module, lora: LoraNetwork) -> 
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        adapted.save_pretrained(temporary)
+        adapted.peft_config["default"].base_model_name_or_path = base_name
+        adapted.save_pretrained(temporary, save_embedding_layers=False)  # else it asks the hub about the base
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -24,6 +25,11 @@ class BundledConfigFile(ActionConfigFile):
             if found is None and "\n" not in values and "{" not in values:
                 parser.error(f"--config: no file {values!r}, and no bundled config of that name{hint_config(values)}")
             values = values if found is None else str(found)
+        elif isinstance(values, str):
+            try:
+                yaml.safe_load(Path(values).read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                parser.error(f"--config: {values}: not a YAML file ({' '.join(str(error).split())})")
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 

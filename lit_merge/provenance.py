@@ -39,7 +39,7 @@ def provenance(trainer: L.Trainer, model: MergeModule) -> dict[str, Any]:
         "suite": model.suite.name,
         **model.fingerprint(),
         "sources": model.suite.sources(),
-        "hyperparameters": dict(model.hparams),
+        "hyperparameters": {key: value for key, value in model.hparams.items() if not key.startswith("_")},
         "steps": trainer.global_step,
         "versions": versions(),
         "config": configs[0] if configs else None,

@@ -109,7 +109,7 @@ class MergeTrainer(L.Trainer):
         if model.buffer_policy == "recalibrate":
             _recalibrate(model, datamodule)
         folder = run_dir(self) / "export" if output is None else Path(output)
-        path = export_merge(folder, self, model, format)
+        path = export_merge(folder, self, model, format, None if ckpt_path is None else Path(ckpt_path))
         rank_zero_info(f"merged network: {path}")
         return path
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_merge.data.finetune_data import FineTuneDataModule
 from lit_merge.errors import MergeError, MissingExtraError
-from lit_merge.expert import ExpertModule, Method, tuned_form, write_expert
+from lit_merge.expert import ExpertModule, Method, _base_name, tuned_form, write_expert
 from lit_merge.linearized import LinearizedNetwork
 from lit_merge.lora import LoraNetwork, LoraOptions
 
@@ -88,6 +88,23 @@ def test_a_missing_package_is_said_before_training(monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingExtraError, match=r"lit-merge\[hf\]"):
         ExpertModule(TrainableToys(), TASK, "lora")
     ExpertModule(TrainableToys(), TASK, "lora_linearized")
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("org/clip@3d74acf", "org/clip"),
+        ("weights/base.safetensors", "weights/base.safetensors"),
+        ("open_clip:ViT-B-32/laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        (None, None),
+    ],
+)
+def test_the_name_of_a_base(spec: str | None, name: str | None) -> None:
+    class Named(TrainableToys):
+        def sources(self) -> dict[str, Any]:
+            return {"base": {"source": spec, "revision": None}} if spec else {}
+
+    assert _base_name(Named()) == name
 
 
 def test_unknown_method() -> None:

@@ -16,6 +16,7 @@ from toys import ToyData, ToySuite
 
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.cli import main
+from lit_merge.commands import COMMANDS
 from lit_merge.errors import MergeError
 from lit_merge.lora import LoraOptions
 from lit_merge.suites import ClipSuite
@@ -57,6 +58,13 @@ class FromFiles(TrainableToys):
     def __init__(self, experts: dict[str, str]) -> None:
         super().__init__()
         self._experts = dict(experts)
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("pwned"),)
 
 
 class Noise(torch.nn.Module):
@@ -145,6 +153,8 @@ def test_experts_of_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     few = ["--data.batch_size=2", "--data.num_workers=0", "--trainer.max_steps=2", "--model.warmup_steps=0"]
     main(["finetune", "--config=finetune-lora", *overlay, *few, "--task=mnist", "--output=out"])
     expert = load_file("out/model.safetensors")
+    named = json.loads(Path("out/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == BASE.partition("@")[0]
     for source in ("out", "out/adapter", "out/model.safetensors"):
         suite = ClipSuite(BASE, {"mnist": str(Path(source).resolve())}, ["mnist"], root=root)
         found, base = suite.expert("mnist"), suite.base()
@@ -236,6 +246,30 @@ class TestErrors:
         said = refused(capsys, "finetune", "--config=finetune", *TINY, *args, status=status)
         assert message in said
         assert not list(Path().rglob("model.safetensors"))
+
+    def test_a_foreign_checkpoint_and_a_bad_output_are_refused_first(self, capsys: pytest.CaptureFixture[str]) -> None:
+        torch.save({"state_dict": {}, "evil": Evil()}, "evil.ckpt")
+        torch.save({"weights": torch.ones(2)}, "foreign.ckpt")
+        torch.save({"state_dict": {}}, "other.ckpt")
+        Path("file").touch()
+        for argument, message in {
+            "--ckpt_path=evil.ckpt": "error: evil.ckpt: ",
+            "--ckpt_path=foreign.ckpt": "error: foreign.ckpt: expected a checkpoint of lit-merge",
+            "--ckpt_path=other.ckpt": "error: other.ckpt: expected a checkpoint of lit-merge finetune",
+            "--output=file/here": "error: output: file/here: expected a folder that can be made, found: Not a",
+            "--output=file": "error: output: file: expected a folder that can be made, found: File exists",
+        }.items():
+            args = ["finetune", "--config=finetune", *TINY, "--task", TASK, argument]
+            assert message in refused(capsys, *args, status=1)
+            assert not Path("pwned").exists()
+            assert not list(Path().rglob("last.ckpt"))
+
+    def test_help_is_headed_by_what_it_does(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            main(["finetune", "--help"])
+        said = capsys.readouterr().out
+        assert COMMANDS["finetune"] in said
+        assert "Lightning Trainer command line tool" not in said
 
     def test_the_checkpoint_of_another_method_is_refused(self, capsys: pytest.CaptureFixture[str]) -> None:
         run = finetune("--evaluate=false", "--trainer.max_steps=1").parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from toys import SIZE, Kind, ToySuite, expert_state, network
 
+from lit_merge.checkpoints.digests import state_digest
+from lit_merge.checkpoints.origin import check_origin
 from lit_merge.errors import MergeError
 from lit_merge.functional.linearize import first_order, forward_differentiable
 from lit_merge.linearized import LinearizedNetwork
@@ -265,6 +268,33 @@ class TestMerging:
             LinearizedSuite(toys, {"cars": "x.safetensors"})
         with pytest.raises(MergeError, match=r"x\.safetensors: no such file"):
             LinearizedSuite(toys, {"task.b": "x.safetensors"}).expert("task.b")
+
+    def test_experts_in_folders(self, tmp_path: Path) -> None:
+        toys = ToySuite("mlp")
+        save_file(dict(toys.expert("task.b")), tmp_path / "model.safetensors")
+        assert set(LinearizedSuite(toys, {"task.b": tmp_path}).expert("task.b")) == set(toys.base())
+        (tmp_path / "finetune.json").write_text("[")
+        with pytest.raises(MergeError, match=r"finetune\.json: .*JSON"):
+            LinearizedSuite(toys, {"task.b": tmp_path}).expert("task.b")
+
+    @pytest.mark.parametrize(("method", "base"), [("full", None), ("lora", None), ("linearized", "x")])
+    def test_experts_of_the_suite_that_are_not_of_the_tangent(
+        self, method: str, base: str | None, tmp_path: Path
+    ) -> None:
+        class Checked(ToySuite):
+            def expert(self, task: str) -> Mapping[str, Tensor]:
+                check_origin(tmp_path, self.base(), f"expert {task!r}")
+                return super().expert(task)
+
+        toys, facts = Checked("mlp"), tmp_path / "finetune.json"
+        LinearizedSuite(toys).expert("task.b")  # nothing says how it was made
+        facts.write_text(json.dumps({"method": "linearized", "base": state_digest(toys.base())}))
+        LinearizedSuite(toys).expert("task.b")
+        with pytest.raises(MergeError, match="use LinearizedSuite"):
+            toys.expert("task.b")
+        facts.write_text(json.dumps({"method": method, "base": base or state_digest(toys.base())}))
+        with pytest.raises(MergeError, match=r"finetune\.json: expert 'task\.b': expected (method linearized|base)"):
+            LinearizedSuite(toys).expert("task.b")
 
 
 def test_a_network_without_memory_takes_its_base() -> None:

@@ -140,6 +140,15 @@ class TestAdapter:
             torch.testing.assert_close(merged[name], value, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-6)
 
+    def test_it_names_its_base(self, tmp_path: Path) -> None:
+        pytest.importorskip("peft")
+        plain = network("mlp")
+        folder = write_adapter(tmp_path / "adapter", copy.deepcopy(plain), trained(plain), base_name="org/mine")
+        assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/mine"
+        read_adapter(folder, plain.state_dict(), base_names=["elsewhere/mine"])
+        with pytest.raises(MergeError, match=r"an adapter of 'org/mine', and the base here is 'org/other'"):
+            read_adapter(folder, plain.state_dict(), base_names=["org/other"])
+
     def test_it_replaces_an_older_one_as_a_whole(self, tmp_path: Path) -> None:
         pytest.importorskip("peft")
         plain, folder = network("mlp"), tmp_path / "adapter"

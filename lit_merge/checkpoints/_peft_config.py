@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ _HARMLESS = (
 # every other start (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA ...) subtracts something from the base before training
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 _INSTEAD = "merge it with peft (merge_and_unload) and give the merged weights"
+_MOST_PATTERNS, _LONGEST_PATTERN, _LONGEST_MODULE = 4096, 200, 500
+# what patterns are made of; there is no token for repeated groups, counts, look-around and back-references
+_TOKEN = re.compile(
+    r"(?P<one>\[\^?(?:[^\[\]\\]|\\[.dw-])+\]|\\[.dDwW-]|[^\\()\[\]{}|*+?^$])(?P<times>[*+?]?\??)"
+    r"|(?P<open>\((?:\?:)?)|(?P<close>\)(?P<optional>\??)\??)|(?P<either>\|)|(?P<place>[\^$])"
+)
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,23 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int:
         """Rank of a module."""
-        return self.ranks[key] if (key := _matching(self.ranks, module)) is not None else self.rank
+        return self.ranks[key] if (key := self._matching(self.ranks, module)) is not None else self.rank
 
     def scale_of(self, module: str) -> float:
         """Factor of B·A in a module."""
-        key, rank = _matching(self.alphas, module), self.rank_of(module)
+        key, rank = self._matching(self.alphas, module), self.rank_of(module)
         alpha = self.alpha if key is None else self.alphas[key]
         return alpha / (math.sqrt(rank) if self.stabilised else rank)
+
+    def _matching(self, patterns: Mapping[str, object], module: str) -> str | None:
+        """Return the first pattern that matches the end of a module's name, as PEFT does."""
+        if patterns and len(module) > _LONGEST_MODULE:
+            raise MergeError(
+                f"{self.path}: a module's name of {len(module)} characters, {module[:40]}…; expected at most "
+                f"{_LONGEST_MODULE} beside rank_pattern or alpha_pattern; {_INSTEAD}"
+            )
+        starts = {0, *(at + 1 for at, letter in enumerate(module) if letter == ".")}
+        return next((key for key in patterns if len(module) in _matcher(key)(module, starts)), None)
 
     def check_base(self, base_names: Collection[str]) -> None:
         """Refuse an adapter that names another base.
@@ -144,13 +161,22 @@ def _check_plain(path: Path, options: Mapping[str, Any]) -> None:
 
 def _pattern(path: Path, option: str, options: Mapping[str, Any]) -> dict[str, Any]:
     pattern = options.get(option) or {}
-    try:
-        for key in pattern:
-            re.compile(key)
-    except (re.error, TypeError) as error:
-        raise MergeError(f"{path}: {option}: not a regular expression ({error})") from error
     if not isinstance(pattern, dict):
         raise MergeError(f"{path}: {option}: expected values by module, found {type(pattern).__name__}")
+    if len(pattern) > _MOST_PATTERNS:
+        raise MergeError(
+            f"{path}: {option}: expected at most {_MOST_PATTERNS} patterns, found {len(pattern)}; {_INSTEAD}"
+        )
+    for key in pattern:
+        try:
+            _matcher(key)
+        except re.error as error:
+            raise MergeError(f"{path}: {option}: not a regular expression ({error})") from error
+        except ValueError as error:
+            raise MergeError(
+                f"{path}: {option}: expected names of modules or simple regular expressions, found {key[:60]!r}: "
+                f"{error}; give the modules' names"
+            ) from error
     return pattern
 
 
@@ -168,9 +194,79 @@ def _integer(path: Path, option: str, value: object) -> int:
     return int(number)
 
 
-def _matching(patterns: Mapping[str, object], module: str) -> str | None:
-    """Return the first pattern that matches the end of a module's name, as PEFT does."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+# from a text and the places where a match may start to the places where it may end
+_Matcher = Callable[[str, set[int]], set[int]]
+
+
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _matcher(pattern: str) -> _Matcher:
+    """Read a regular expression, in a form whose time is linear in the text: ``re`` can be made to run for ever.
+
+    Raises:
+        ValueError: It is too long or has parts that are not known here.
+        re.error: It is not a regular expression.
+    """
+    if len(pattern) > _LONGEST_PATTERN:
+        raise ValueError(f"{len(pattern)} characters, more than {_LONGEST_PATTERN}")
+    re.compile(pattern)  # only known to be one
+    tokens, at = list[re.Match[str]](), 0
+    while at < len(pattern):
+        if (token := _TOKEN.match(pattern, at)) is None:
+            raise ValueError(f"{pattern[at : at + 8]!r} is not among what is known here")
+        tokens.append(token)
+        at = token.end()
+    return _alternatives(iter(tokens))
+
+
+def _alternatives(tokens: Iterator[re.Match[str]]) -> _Matcher:
+    """Read up to the end of the group, or of all."""
+    branches, optional = list[list[_Matcher]]([[]]), False
+    for token in tokens:
+        if token["close"]:
+            optional = bool(token["optional"])
+            break
+        if token["either"]:
+            branches.append([])
+        elif token["open"]:
+            branches[-1].append(_alternatives(tokens))
+        elif token["place"]:
+            branches[-1].append(_start if token["place"] == "^" else _end)
+        else:
+            branches[-1].append(_letters(token["one"], token["times"][:1]))
+
+    def matcher(text: str, starts: set[int]) -> set[int]:
+        ends = set(starts) if optional else set()
+        for branch in branches:
+            places = starts
+            for step in branch:
+                places = step(text, places)
+            ends |= places
+        return ends
+
+    return matcher
+
+
+def _letters(one: str, times: str) -> _Matcher:
+    """One letter, or with ``*``, ``+`` or ``?`` several."""
+    fits = re.compile(one).fullmatch
+
+    def matcher(text: str, starts: set[int]) -> set[int]:
+        after = {at + 1 for at in starts if at < len(text) and fits(text[at])}
+        if times in ("*", "+") and after:
+            for at in range(min(after), len(text)):
+                if at in after and fits(text[at]):
+                    after.add(at + 1)
+        return after | starts if times in ("*", "?") else after
+
+    return matcher
+
+
+def _start(text: str, starts: set[int]) -> set[int]:
+    return starts & {0}
+
+
+def _end(text: str, starts: set[int]) -> set[int]:
+    return starts & {len(text)}
 
 
 def _last_part(name: str) -> str:

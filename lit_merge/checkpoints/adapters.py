@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lit_merge.checkpoints._peft_config import CONFIG_NAME, LoraConfig, read_config
 from lit_merge.checkpoints.checks import check_state
+from lit_merge.checkpoints.digests import state_digest
+from lit_merge.checkpoints.files import strict_json
 from lit_merge.checkpoints.reading import read_state
 from lit_merge.errors import MergeError
 
@@ -119,7 +121,8 @@ def read_adapter(
             ``vision_model.`` where the adapter's have none, and the other way round: transformers 4 and 5 differ.
         base_names: Names by which the base is known, such as ``openai/clip-vit-base-patch32``; their last parts are
             compared with the last part of what the adapter names as its base. If there are none, or the adapter names
-            none, only shapes are checked.
+            none, only shapes are checked. Beside an adapter that ``lit-merge finetune`` wrote, in the folder above it,
+            there is ``finetune.json`` with the digest of the base, and the base must have it whatever its name.
 
     Returns:
         Tensors by name: those of ``base``, in its order.
@@ -133,7 +136,30 @@ def read_adapter(
     file = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if file is None:
         raise MergeError(f"{folder}: an adapter without weights; expected {' or '.join(_WEIGHTS)}")
+    _check_digest(folder, base)
     return _Opened(file, read_state(file), config, base).state()
+
+
+def _check_digest(folder: Path, base: Mapping[str, Tensor]) -> None:
+    """Compare the base with the one that ``lit-merge finetune`` started from, if it made the adapter."""
+    facts = folder.absolute().parent / "finetune.json"
+    if not facts.is_file():
+        return
+    expected = strict_json(facts, facts.read_bytes()).get("base")
+    if not isinstance(expected, str) or not re.fullmatch(r"[0-9a-f]{64}", expected):  # not one of ours
+        return
+    found = state_digest(base)
+    if found == expected:
+        return
+    plain = {name.removeprefix(_VISION): name for name in base}  # the layouts of transformers 4 and 5, see read_adapter
+    if len(plain) == len(base):
+        for start in ("", _VISION):
+            if state_digest({start + name: base[key] for name, key in plain.items()}) == expected:
+                return
+    raise MergeError(
+        f"{facts}: the adapter in {folder} was trained on the base {expected[:12]}…, and the base here is "
+        f"{found[:12]}…; give the base that it was trained on"
+    )
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,10 @@ class Source:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names by which the network may be known to others: its repository, its folder's name."""
+        """Names by which the network may be known: its repository, its folder's name and path (of the hub's cache)."""
         known = [] if self.hub_id is None else [self.hub_id[0]]
         here = self.local()
-        return tuple(known if here is None else [*known, here.name])
+        return tuple(known if here is None else [*known, here.name, str(here.resolve())])
 
     def local(self) -> Path | None:
         """Return the file or folder on disk, or ``None`` if it would have to be fetched."""

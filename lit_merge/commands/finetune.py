@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import lightning as L
@@ -10,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_merge.callbacks import LogConfig
+from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.cli import MergeCLI
+from lit_merge.commands import COMMANDS
 from lit_merge.data.finetune_data import FineTuneDataModule
 from lit_merge.errors import MergeError
 from lit_merge.expert import ExpertModule, write_expert
@@ -53,7 +56,11 @@ class FineTuneCLI(MergeCLI):
             parser.link_arguments("task", f"{target}.init_args.task")
 
     def before_instantiate_classes(self) -> None:
-        """Give every task runs of its own, and find the run that ``--ckpt_path last`` means."""
+        """Give every task runs of its own, find the run that ``--ckpt_path last`` means, and check both paths.
+
+        Raises:
+            MergeError: The checkpoint is no checkpoint, or the folder of the output cannot be made.
+        """
         self.save_config_kwargs = {**self.save_config_kwargs, "asked": self.config.clone()}
         logger = self.config.trainer.logger
         for one in logger if isinstance(logger, list) else [logger]:
@@ -62,8 +69,10 @@ class FineTuneCLI(MergeCLI):
                 options["name"] = f"{options['name']}/{self.config.task}"
         if self.config.ckpt_path == "last":
             continue_last_run(self.config, fresh=True)
-        if self.config.ckpt_path and not Path(self.config.ckpt_path).is_file():
-            raise MergeError(f"{self.config.ckpt_path}: no such checkpoint; expected the last.ckpt of a run")
+        if self.config.ckpt_path:
+            _check_checkpoint(self.config.ckpt_path)
+        if self.config.output is not None and not self.config.trainer.fast_dev_run:
+            _make_folder(Path(self.config.output))
 
     def make_expert(self) -> Path | None:
         """Fit, measure, and write the expert.
@@ -113,11 +122,37 @@ def main(args: list[str]) -> None:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_callback=LogConfig,
-        parser_kwargs={"allow_abbrev": False, "prog": "lit-merge finetune"},
+        parser_kwargs={"allow_abbrev": False, "prog": "lit-merge finetune", "description": COMMANDS["finetune"]},
         args=args,
         run=False,
     )
     cli.make_expert()
+
+
+def _check_checkpoint(path: str) -> None:
+    """Refuse what is no checkpoint of this command, before the networks are read."""
+    checkpoint = read_checkpoint(path)
+    origin = checkpoint.get("lit_merge")
+    if not isinstance(origin, dict) or "method" not in origin or "pytorch-lightning_version" not in checkpoint:
+        raise MergeError(
+            f"{path}: expected a checkpoint of lit-merge finetune, found one of something else; give the last.ckpt of "
+            "a run of finetune, or start without --ckpt_path"
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of the output now: an error after the training would be a pity."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise MergeError(
+            f"output: {folder}: expected a folder that can be made, found: {error.strerror}; give another one"
+        ) from error
+    if not writable:
+        raise MergeError(
+            f"output: {folder}: expected a folder to write to, found one without that permission; give another one"
+        )
 
 
 def _publish(task: str, accuracy: dict[str, float] | None, path: Path) -> None:

@@ -100,8 +100,8 @@ def _content(name: str) -> dict[str, Any]:
     if path is None:
         raise MergeError(f"{name}: no such suite{hint_config(f'suites/{name}')}")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MergeError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict) or "suite" not in content:
         raise MergeError(f"{path}: expected a config with a key suite, found {sorted(content or {})}")

@@ -61,7 +61,7 @@ class HuggingFaceEncoder(ImageEncoder):
         self.vision_model = _vision_model(self.config, attn_implementation, self.where)
         self.activation = activation_name(str(self.config["hidden_act"]))
         width = int(self.config["hidden_size"])
-        self.register_buffer("projection", _projection(projection, width), persistent=False)
+        self.register_buffer("projection", _projection(projection, width, self.where), persistent=False)
         self.preprocessor = _preprocessor(folder, int(self.config["image_size"]))
         self.preprocess = hugging_face_preprocess(self.preprocessor, self.where)
 
@@ -109,6 +109,18 @@ _KEYS = (
     "patch_size",
     "projection_dim",
 )
+# far above every published CLIP; a file that says more would only fill the memory
+_LARGEST = {
+    "hidden_size": 65536,
+    "image_size": 4096,
+    "intermediate_size": 4 * 65536,
+    "num_attention_heads": 65536,
+    "num_channels": 64,
+    "num_hidden_layers": 512,
+    "patch_size": 4096,
+    "projection_dim": 65536,
+}
+_MOST_PARAMETERS = 8 * 10**9
 
 
 def _vision_config(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -123,12 +135,53 @@ def _vision_config(content: dict[str, Any], where: str) -> dict[str, Any]:
     given = content
     if kind == "clip":  # vision_config_dict: what the first files had instead; the projection is described outside
         outside = {key: content[key] for key in ("projection_dim",) if key in content}
-        given = {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {}), **outside}
+        parts = {key: content.get(key) or {} for key in ("vision_config", "vision_config_dict")}
+        for key, part in parts.items():
+            if not isinstance(part, Mapping):
+                raise MergeError(f"{where}: {key}: expected an object with options, found {_shown(part)}; {_AGAIN}")
+        given = {**parts["vision_config"], **parts["vision_config_dict"], **outside}
+    _check_given(given, where)
     try:
         whole = transformers.CLIPVisionConfig(**{key: value for key, value in given.items() if key in _KEYS})
     except Exception as error:  # whatever the validation of the day raises
         raise MergeError(f"{where}: not a configuration that transformers takes ({_one_line(error)})") from error
-    return {key: getattr(whole, key) for key in _KEYS}
+    config = {key: getattr(whole, key) for key in _KEYS}
+    _check_sizes(config, where)
+    return config
+
+
+_AGAIN = "fetch or correct the file"
+
+
+def _check_given(given: Mapping[str, Any], where: str) -> None:
+    for key, largest in _LARGEST.items():
+        if key in given:
+            value = given[key]
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+                raise MergeError(
+                    f"{where}: {key}: expected a whole number from 1 to {largest}, found {_shown(value)}; {_AGAIN}"
+                )
+
+
+def _check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Refuse sizes that do not go together or are beyond every machine; all are known to be whole and positive."""
+    hidden, heads, image, patch = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "image_size", "patch_size")
+    )
+    if hidden % heads:
+        raise MergeError(
+            f"{where}: num_attention_heads: expected a number by which hidden_size {hidden} is divisible, found "
+            f"{heads}; {_AGAIN}"
+        )
+    if patch > image:
+        raise MergeError(f"{where}: patch_size: expected at most image_size {image}, found {patch}; {_AGAIN}")
+    layers = config["num_hidden_layers"] * (4 * hidden + 2 * config["intermediate_size"])
+    parameters = hidden * (layers + (image // patch) ** 2 + config["num_channels"] * patch**2)
+    if parameters > _MOST_PARAMETERS:
+        raise MergeError(
+            f"{where}: hidden_size {hidden}, num_hidden_layers {config['num_hidden_layers']}: expected at most "
+            f"{_MOST_PARAMETERS:.0e} parameters, found {parameters:.0e}; {_AGAIN}"
+        )
 
 
 def _vision_model(config: dict[str, Any], attn_implementation: str, where: str) -> nn.Module:
@@ -137,7 +190,7 @@ def _vision_model(config: dict[str, Any], attn_implementation: str, where: str) 
         whole = transformers.CLIPVisionModel(
             transformers.CLIPVisionConfig(**config, attn_implementation=attn_implementation)
         )
-    except (KeyError, ValueError, ImportError) as error:
+    except Exception as error:  # as above
         raise MergeError(f"{where}: transformers cannot build this model ({_one_line(error)})") from error
     # transformers 4 wraps the tower, transformers 5 is the tower
     tower: nn.Module = whole._modules.get("vision_model") or whole
@@ -150,7 +203,7 @@ def _vision_model(config: dict[str, Any], attn_implementation: str, where: str) 
     return tower
 
 
-def _projection(given: Tensor | str | Path | None, width: int) -> Tensor | None:
+def _projection(given: Tensor | str | Path | None, width: int, config: str) -> Tensor | None:
     where = "projection"
     if isinstance(given, str | Path):
         where, state = str(given), read_state(given)
@@ -160,7 +213,10 @@ def _projection(given: Tensor | str | Path | None, width: int) -> Tensor | None:
     if given is None:
         return None
     if given.ndim != 2 or given.shape[1] != width:
-        raise MergeError(f"{where}: expected a matrix (D_out, {width}), found shape {tuple(given.shape)}")
+        raise MergeError(
+            f"{where}: expected a matrix (D_out, {width}) by hidden_size in {config}, found shape "
+            f"{tuple(given.shape)}; give the configuration and the projection of the same CLIP"
+        )
     check_finite(where, PROJECTION, given)
     return given.detach().clone(memory_format=torch.contiguous_format)
 
@@ -173,6 +229,10 @@ def _preprocessor(folder: Path | None, size: int) -> dict[str, Any]:
         if found:
             return dict(found)
     return clip_preprocessor(size)
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:60] if not isinstance(value, int) or abs(value) < 10**18 else "a number beyond 1e18"
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_merge.checkpoints.hub import Kind, hub_sizes
 from lit_merge.checkpoints.sources import Source, chosen_files, weights_file
+from lit_merge.data.hub_images import config_of_copy
 from lit_merge.data.image_sets import ImageSource, dataset_status
 from lit_merge.errors import MergeError
 from lit_merge.suites.inventory import Piece
@@ -44,7 +45,8 @@ def moved(source: ImageSource, given: str | Mapping[str, Any]) -> ImageSource:
     saved = any((place / name).is_file() for place in (folder, inside) for name in ("dataset_dict.json", "state.json"))
     if not saved and inside.is_dir() and any(path.is_dir() for path in inside.iterdir()):
         return ImageSource(folder=str(folder), splits=source.splits)
-    return replace(source, id=str(folder.resolve()), folder=None, config=None, revision=None)
+    config = config_of_copy(folder, source.config)
+    return replace(source, id=str(folder.resolve()), folder=None, config=config, revision=None)
 
 
 def pieces(

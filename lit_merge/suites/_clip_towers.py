@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.key_maps import PROJECTION, convert_layout, detect_layout
-from lit_merge.checkpoints.lazy import Selected
+from lit_merge.checkpoints.lazy import Selected, Widened
 from lit_merge.checkpoints.sources import Source
 from lit_merge.encoders.activations import activation_name
 from lit_merge.encoders.hugging_face_encoder import HuggingFaceEncoder
@@ -55,6 +55,11 @@ class Tower(ABC):
             MergeError: The weights are those of an image tower only.
         """
 
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Number of features that heads take."""
+
     @abstractmethod
     def adopted(self, where: str, given: State, layout: str) -> State:
         """Return an image tower in this network's layout."""
@@ -95,6 +100,7 @@ class Tower(ABC):
                 not merged differs from that of the base.
         """
         names = self.shape.state_dict().keys()
+        given = Widened(given)
         if set(names) == set(given):
             return Selected(given, names)
         layout = detect_layout(given, where)
@@ -105,7 +111,7 @@ class Tower(ABC):
 
     def _check_text(self, where: str, given: State) -> None:
         """Refuse a text tower that is not the base's: it would be lost without a word."""
-        base = self.source.state()
+        base = Widened(self.source.state())
         for name in given:
             if name.startswith(("vision_model.", "visual.")) or name == PROJECTION:
                 continue
@@ -133,13 +139,19 @@ class HuggingFaceTower(Tower):
         """Return the vision model of ``config.json`` with the projection of the complete CLIP."""
         return HuggingFaceEncoder(self.config.path(), self.projection())
 
+    @property
+    def width(self) -> int:
+        """Number of features: of the embedding, or of the pooled output if there is no projection."""
+        projection = self.projection()
+        return int(self.shape.config["hidden_size"]) if projection is None else len(projection)
+
     def projection(self) -> Tensor | None:
         """Return the projection ``(D, width)``, or ``None`` if the weights are those of an image tower only."""
         if self._projection is None:
             state = self.text_source.state()
             layout = detect_layout(state, self.text_source.spec)
             state = convert_layout(state, "hugging_face", source=layout, where=self.text_source.spec)
-            self._projection = (state.get(PROJECTION),)
+            self._projection = (Widened(state).get(PROJECTION),)
         return self._projection[0]
 
     def text(self) -> TextTower:
@@ -182,6 +194,11 @@ class OpenClipTower(Tower):
             encoder.require_activation(*said)
         return encoder
 
+    @property
+    def width(self) -> int:
+        """Number of features of the embedding."""
+        return int(self.shape.config["embed_dim"])
+
     def text(self) -> TextTower:
         """Return the text tower in open_clip's form."""
         where = self.text_source.spec
@@ -196,7 +213,7 @@ class OpenClipTower(Tower):
         if not layout.startswith("hugging_face") or PROJECTION in given:
             return convert_layout(given, self.layout, source=layout, where=where)
         base = self.source.state()
-        whole = convert_layout(base, "hugging_face", where=self.source.spec)
+        whole = Widened(convert_layout(base, "hugging_face", where=self.source.spec))
         return convert_layout(given, self.layout, source=layout, projection=whole.get(PROJECTION), where=where)
 
 

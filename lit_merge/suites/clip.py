@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lit_merge.checkpoints.origin import check_origin
 from lit_merge.checkpoints.sources import Source
 from lit_merge.data.corruptions import CorruptedImages, Corruption
 from lit_merge.data.datasets import EvenlySpread
@@ -34,6 +35,8 @@ class ClipSuite(Suite):
     from ``root``. ``{task}`` in a path stands for the name of the task. For the ways to name weights see
     :class:`lit_merge.checkpoints.sources.Source`, for files that describe a task
     :mod:`lit_merge.suites.task_files`.
+
+    Files in half precision are read as float32, which is exact; merged networks are in float32.
 
     Heads are zero-shot: the base's text tower encodes the class names in every template (Radford et al. 2021, arXiv
     2103.00020, Section 3.1.4); they are made once and kept. Networks of Hugging Face are merged without their
@@ -179,8 +182,9 @@ class ClipSuite(Suite):
     def expert(self, task: str) -> Mapping[str, Tensor]:
         """Return the image tower fine-tuned on ``task`` in the base's key scheme, read tensor by tensor."""
         source = self.expert_source(task)
-        base = self.base()
-        return self.tower.expert(f"expert {task!r} ({source.spec})", source.state(base, self._base.names))
+        base, where = self.base(), f"expert {task!r} ({source.spec})"
+        check_origin(source.path(), base, where)
+        return self.tower.expert(where, source.state(base, self._base.names))
 
     def head(self, task: str) -> nn.Module:
         """Return the frozen head of ``task``: zero-shot, made and cached first if need be, or from its file."""
@@ -193,8 +197,18 @@ class ClipSuite(Suite):
                     self._text_tower, self._classes(known), known.templates, self.cache_dir, f"head of {task}"
                 )
             else:
-                self._made[task] = read_head(self._source(spec).path())
+                self._made[task] = self._checked_head(task, self._source(spec).path())
         return self._made[task]
+
+    def _checked_head(self, task: str, path: Path) -> nn.Module:
+        head = read_head(path)
+        expected = (self.num_classes(task), self.tower.width)
+        if tuple(head.weight.shape) != expected:
+            raise MergeError(
+                f"{path}: head of {task!r}: expected a weight (classes, features) of {expected}, found "
+                f"{tuple(head.weight.shape)}; it belongs to another task or encoder"
+            )
+        return head
 
     def num_classes(self, task: str) -> int:
         """Return the number of classes of ``task``."""
@@ -216,6 +230,7 @@ class ClipSuite(Suite):
         data: ImageSet | CorruptedImages = open_images(
             source, wanted, classes=task.classes, transform=self.tower.preprocess, root=self.root
         )
+        _check_order(f"{self.name}: {data.where}", task, data.classes)
         if split == "train":
             return data
         if self.corruption is not None:
@@ -250,6 +265,19 @@ class ClipSuite(Suite):
             raise MergeError(f"{self._name}.{argument}: unknown tasks {unknown}; it has {', '.join(known)}")
         if argument == "experts" and isinstance(given, dict) and (missing := sorted(set(self._tasks) - set(given))):
             raise MergeError(f"{self._name}.experts: no expert for {', '.join(missing)}")
+
+
+def _check_order(where: str, task: Task, found: Sequence[str] | None) -> None:
+    """Refuse the same classes under other labels: every label would be wrong, and no count would tell."""
+    names = task.classes
+    if found is None or names is None or set(found) != set(names):
+        return
+    for label, (theirs, ours) in enumerate(zip(found, names, strict=True)):
+        if theirs != ours:
+            raise MergeError(
+                f"{where}: its classes have another order than those of task {task.name!r}: label {label} is "
+                f"{theirs!r} there and {ours!r} here; give a task file with the order of the images"
+            )
 
 
 def _of(given: str | Mapping[str, Any] | None, task: str) -> Any:  # noqa: ANN401 - what the mapping holds

@@ -12,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.digests import state_digest
+from lit_merge.checkpoints.origin import expecting, read_origin
 from lit_merge.checkpoints.reading import read_state
+from lit_merge.checkpoints.sources import weights_file
 from lit_merge.errors import MergeError
 from lit_merge.linearized import LinearizedNetwork
 from lit_merge.lora import LoraNetwork, LoraOptions
@@ -31,11 +33,14 @@ class LinearizedSuite(Suite):
     2310.04742): the parameters are φ, the base is φ at its start φ0, an expert is a trained φ, and the network is
     ``f(x; φ0) + ∇f(x; φ0) · (φ − φ0)``. All experts must have been trained with the same rank, targets and seed.
 
-    Where a ``finetune.json`` lies beside an expert's file, its method and the start of its training are compared.
+    Where a ``finetune.json`` lies beside an expert's file, its method and the start of its training are compared; the
+    experts of :class:`ClipSuite` and :class:`NetworkSuite` are compared too, if ``suite`` is one. Experts without that
+    file are taken as they are: nothing says how they were made, and they may come from elsewhere.
 
     Args:
         suite: The suite with base, heads and images.
-        experts: File per task; the order of the tasks is that of this mapping. By default the experts of ``suite``.
+        experts: File, or folder with ``model.safetensors``, per task; the order of the tasks is that of this mapping.
+            By default the experts of ``suite``.
         lora: Options of low-rank experts; ``None`` for experts in all parameters.
 
     Raises:
@@ -109,16 +114,16 @@ class LinearizedSuite(Suite):
             MergeError: The suite has no such task, or its file is missing, or was made otherwise or from another start.
         """
         if self._files is None:
-            return self.suite.expert(task)
-        file = self._files[self.check_task(task)]
+            with expecting("linearized"):
+                return self.suite.expert(task)
+        file = weights_file(self._files[self.check_task(task)])
         self._check_origin(file)
         return read_state(file)
 
     def _check_origin(self, file: Path) -> None:
-        facts = file.with_name("finetune.json")
-        if not facts.is_file():
+        if (origin := read_origin(file)) is None:
             return
-        found = json.loads(facts.read_text())
+        facts, found = origin
         for key, value in self._origin.items():
             if found.get(key) != value:
                 raise MergeError(

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lit_merge.checkpoints.origin import check_origin
 from lit_merge.checkpoints.reading import read_state
 from lit_merge.encoders.heads import read_head
 from lit_merge.errors import MergeError
@@ -91,7 +92,10 @@ class NetworkSuite(Suite):
 
     def expert(self, task: str) -> Mapping[str, Tensor]:
         """Return one expert; a file is read tensor by tensor where its format allows."""
-        return _state(self._experts[self.check_task(task)])
+        source = self._experts[self.check_task(task)]
+        if not isinstance(source, Mapping):
+            check_origin(Path(source), self.base(), f"{self.name}: expert {task!r}")
+        return _state(source)
 
     def head(self, task: str) -> nn.Module:
         """Return the head of a task, made from its file if need be."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.adapters import AdaptedState, is_adapter, read_adapter
+from lit_merge.checkpoints.digests import state_digest
 from lit_merge.errors import MergeError
 
 peft = pytest.importorskip("peft")
@@ -242,6 +243,26 @@ def test_refuses_options_that_it_does_not_know(tmp_path: Path, options: dict[str
     with pytest.raises(MergeError, match=says) as error:
         read_adapter(tmp_path, base)
     assert str(tmp_path) in str(error.value)
+
+
+def test_the_base_must_be_the_one_that_finetune_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, _ = mixed(tmp_path / "adapter", target_modules=["mlp.0"])
+    other = base | {"norm.weight": base["norm.weight"] + 1}
+    facts = tmp_path / "finetune.json"
+    for start in ("", "vision_model."):  # the layout is not what makes a base
+        facts.write_text(json.dumps({"base": state_digest({start + name: value for name, value in base.items()})}))
+        read_adapter(tmp_path / "adapter", base)
+    monkeypatch.chdir(tmp_path / "adapter")
+    for folder in (tmp_path / "adapter", Path()):
+        with pytest.raises(MergeError, match="give the base that it was trained on") as error:
+            read_adapter(folder, other)
+    for expected in (str(facts), json.loads(facts.read_text())["base"][:12], state_digest(other)[:12]):
+        assert expected in str(error.value)
+    facts.write_text("{}")  # of somebody else
+    read_adapter(tmp_path / "adapter", other)
+    facts.write_text("{")
+    with pytest.raises(MergeError, match=r"finetune\.json"):
+        read_adapter(tmp_path / "adapter", base)
 
 
 LINEAR = "base_model.model.mlp.0.lora_"

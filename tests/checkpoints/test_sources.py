@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fake_hub import COMMIT, Hub, fake_hub
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_merge.checkpoints._peft_config import LoraConfig
 from lit_merge.checkpoints.hub import hub_sizes
 from lit_merge.checkpoints.sources import Source, parse_hub_id, weights_file
 from lit_merge.errors import MergeError
@@ -73,7 +75,16 @@ class TestOnDisk:
         for spec in ("org/name", f"org/name@{COMMIT}"):
             found = Source(spec, root=tmp_path)
             assert same(found)
-            assert found.names == ("name",)
+            assert found.names == ("name", str(tmp_path.resolve() / "org/name"))
+
+    def test_a_path_into_the_hubs_cache_tells_the_repository(self, tmp_path: Path) -> None:
+        here = folder(tmp_path / "models--openai--clip-vit-base-patch32/snapshots/0123abc")
+        (tmp_path / "link").symlink_to(here)
+        config = LoraConfig(tmp_path, "openai/clip-vit-base-patch32", 1, 1.0, {}, {}, False, False, False, (), ())
+        for spec in (here, here / "model.safetensors", tmp_path / "link"):
+            config.check_base(Source(str(spec)).names)
+        with pytest.raises(MergeError, match="give the adapter's own base"):
+            replace(config, base="openai/clip-vit-base-patch16").check_base(Source(str(here)).names)
 
     def test_a_mirror_stands_for_a_tag_of_open_clip(self, tmp_path: Path) -> None:
         folder(tmp_path / "timm/vit_base_patch32_clip_224.openai", "open_clip_model.safetensors")
