@@ -49,6 +49,14 @@ class TextTower(Protocol):
         ...
 
 
+# which sizes of the configuration the shapes of tensors tell
+_SIZES = {
+    "text_model.embeddings.token_embedding.weight": ("vocab_size", "hidden_size"),
+    "text_model.embeddings.position_embedding.weight": ("max_position_embeddings",),
+    "text_model.encoder.layers.0.mlp.fc1.weight": ("intermediate_size",),
+}
+
+
 class _Text:
     """A text tower whose weights are read when they are needed, and whose model is made for the first prompt."""
 
@@ -139,11 +147,31 @@ class HuggingFaceText(_Text):
             config = transformers.CLIPConfig.from_pretrained(self.folder, local_files_only=True)
             text = config.text_config
             text.projection_dim = config.projection_dim
+            self._check_sizes(text)
             with torch.random.fork_rng(devices=[]):
                 model = transformers.CLIPTextModelWithProjection(text)
-        except (TypeError, ValueError, KeyError, OSError) as error:
+        except MergeError:
+            raise
+        except Exception as error:  # the validation of transformers has errors of its own
             raise MergeError(f"{self.folder}: transformers cannot make its text model ({_reason(error)})") from error
         return self._load(model)
+
+    def _check_sizes(self, text: Any) -> None:  # noqa: ANN401 - a configuration of transformers
+        """Compare the configuration with the weights before memory is spent on it."""
+        found = {
+            "num_hidden_layers": len(
+                {n.split(".")[3] for n in self._state if n.startswith("text_model.encoder.layers.")}
+            )
+        }
+        for name, keys in _SIZES.items():
+            shape = self._state[name].shape if name in self._state else ()
+            found |= dict(zip(keys, shape, strict=False))
+        for key, value in found.items():
+            if (said := getattr(text, key)) != value:
+                raise MergeError(
+                    f"{self.folder / 'config.json'}: text_config: {key}: {said!r}, and the weights have {value}; "
+                    "they do not belong together"
+                )
 
     @cached_property
     def _tokenizer(self) -> Any:  # noqa: ANN401 - transformers is optional

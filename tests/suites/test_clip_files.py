@@ -97,6 +97,19 @@ def test_an_export_of_a_checkpoint_tells_of_the_run_that_left_it() -> None:
     assert "It has not been scored" not in card
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 2_000_000), ("hidden_size", 10**9), ("hidden_size", "x")]
+)
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_configuration_that_lies_costs_no_memory(part: str, key: str, value: object, mirror: Path) -> None:
+    shutil.copytree(mirror / BASE, "liar")
+    config = json.loads(Path("liar/config.json").read_text())
+    config[part][key] = value
+    Path("liar/config.json").write_text(json.dumps(config))
+    with pytest.raises(MergeError, match="liar"):
+        suite(mirror, base="liar", cache_dir=Path("cache")).prepare()
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"suite: [1, 2"])
 def test_a_damaged_config_is_named(content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     Path("mine.yaml").write_bytes(content)
