@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale
+from lit_merge.data.triggers import PatchTrigger
 from lit_merge.suites.backdoor import BackdoorSuite
 
 __all__ = ("AVERAGED", "Role", "Watch", "Who", "rates", "tally", "watches_of")

@@ -11,11 +11,12 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_merge.adaptation import Batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, final_mask, rescale_mask
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
 from lit_merge.functional.masked import Mask
-from lit_merge.module import Batches, MergeModule
+from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 
 __all__ = ("MaskedMergeModule", "Seen")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy, deepcopy
 from typing import Any, Literal
 
 import torch
@@ -12,17 +12,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_merge.adaptation import AdaptationSteps
 from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.lazy import Selected
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
-from lit_merge.evaluation import EvaluationSteps
 from lit_merge.fingerprint import check_fingerprint, fingerprint
 from lit_merge.functional.batch_norm import recalibrate_batch_norm
-from lit_merge.functional.leaf_gradient import leaf_loss, leaves
 from lit_merge.metrics import TaskScores
-from lit_merge.objectives import Entropy, Objective, TaskOutput
+from lit_merge.objectives import Entropy, Objective
+from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton, freeze_to_buffers
 from lit_merge.suites.base import Suite
 from lit_merge.task_vectors import TaskVectors
@@ -34,7 +34,7 @@ __all__ = ("MergeModule",)
 Batches = dict[str, UnlabelledBatch]
 
 
-class MergeModule(EvaluationSteps, ABC):
+class MergeModule(AdaptationSteps, ABC):
     """One network out of many: frozen task vectors, a rule that combines them, an objective that adapts the rule.
 
     A method says how it merges (:meth:`merge`) and, if it learns, how its parameters are made
@@ -62,6 +62,7 @@ class MergeModule(EvaluationSteps, ABC):
     bank: TaskVectors
     skeleton: Skeleton
     heads: nn.ModuleList
+    perturbations: UniversalPerturbations | None
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class MergeModule(EvaluationSteps, ABC):
         self.buffer_policy = buffers
         self.max_images = max_images
         self.storage_dtype = storage_dtype
+        self.perturbations = None
         self.teachers = TeacherCache(teacher_cache)
         self._measured: dict[str, Tensor] = {}
 
@@ -133,22 +135,32 @@ class MergeModule(EvaluationSteps, ABC):
         self.skeleton = Skeleton(self.suite.network())
         base = self.suite.base()
         check_keys("base", base, self.skeleton.keys, of="network", advice="give the state dict of this very network")
-        bank = TaskVectors.from_state_dicts(
-            Selected(base, self.skeleton.keys),  # columns go with depth, whatever a file's order is
-            {task: self.suite.expert(task) for task in self.suite.tasks},
-            buffers=self.skeleton.buffers_of,
-            tied=self.skeleton.tied,
-            dtype=None if self.storage_dtype is None else getattr(torch, self.storage_dtype),
-        )
+        bank = self.read_bank(Selected(base, self.skeleton.keys))  # columns go with depth, whatever a file's order is
         for transform in self.transforms:
             bank = bank.map(transform)
         self.head_digests = {task: state_digest(self.suite.head(task).state_dict()) for task in self.suite.tasks}
         self.heads = nn.ModuleList(freeze_to_buffers(deepcopy(self.suite.head(task))) for task in self.suite.scored)
         self.scores = TaskScores(self.suite.tasks, self.suite.unseen)
         self.bank = bank
+        if (ascent := self.objective.ascent) is not None:
+            self.perturbations = UniversalPerturbations.of_suite(self.suite, ascent)
         self.make_parameters(bank)
         # the bank is the same on all ranks (checked below); broadcasting it at every step would cost gigabytes
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [n for n, _ in self.named_buffers()])
+
+    def read_bank(self, base: Mapping[str, Tensor]) -> TaskVectors:
+        """Read what is merged, the experts of the suite, as task vectors.
+
+        Args:
+            base: State dict of the base, in the order of the network.
+        """
+        return TaskVectors.from_state_dicts(
+            base,
+            {task: self.suite.expert(task) for task in self.suite.tasks},
+            buffers=self.skeleton.buffers_of,
+            tied=self.skeleton.tied,
+            dtype=None if self.storage_dtype is None else getattr(torch, self.storage_dtype),
+        )
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union
         """Make the optimizer and, if asked for, the scheduler."""
@@ -186,55 +198,7 @@ class MergeModule(EvaluationSteps, ABC):
         if not bool((everyone == own).all()):
             raise MergeError("suite: base or experts differ between ranks; all ranks must read the same files")
 
-    # Adapting ----------------------------------------------------------------------------------------------------
-
-    def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
-        """Take the loss of one unlabelled batch of every task; the losses of the tasks are summed.
-
-        Returns:
-            The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
-        """
-        merged = self.merge(self.bank)
-        weights = leaves(merged)
-        outputs: dict[str, Tensor] = {}
-        losses: dict[str, Tensor] = {}
-        scale = self._loss_scale()
-        loss = leaf_loss(merged, weights, self._chunk_losses(self.complete(weights), batch, outputs, losses), scale)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
-        self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
-        index = {task: batch[task].index[: len(logits)] for task, logits in outputs.items()}
-        return {"loss": loss, "logits": outputs, "index": index}
-
-    def _chunk_losses(
-        self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
-    ) -> Iterator[Tensor]:
-        """Sum of the losses of each chunk; logits and single losses are noted on the way."""
-        for chunk in chunks(batch, self.max_images):
-            features = self.skeleton(state, torch.cat([batch[task].images for task in chunk]))
-            total: list[Tensor] = []
-            for task, part in zip(chunk, features.split([len(batch[task].images) for task in chunk]), strict=True):
-                logits = self.head(task)(part)
-                loss = self.objective(self._task_output(task, batch[task], logits, part))
-                total.append(loss * batch[task].share)
-                losses[task] = loss.detach()
-                outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
-            yield torch.stack(total).sum()
-
-    def _task_output(self, task: str, batch: UnlabelledBatch, logits: Tensor, features: Tensor) -> TaskOutput:
-        if not self.objective.uses_expert:
-            return TaskOutput(logits, features, share=batch.share)
-        with torch.no_grad():
-            expert_features, expert_logits = self.teachers.outputs(
-                task,
-                batch,
-                lambda: len(self.suite.dataset(task, "test")),
-                lambda images: self.outputs(self.expert_state(task), task, images),
-            )
-        return TaskOutput(logits, features, expert_logits, expert_features, batch.share)
-
-    def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
+    # Adapting: see AdaptationSteps -------------------------------------------------------------------------------
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's hook
         """Step, then project."""
@@ -304,6 +268,11 @@ class MergeModule(EvaluationSteps, ABC):
         A strategy that forks or spawns brings its result back into a module that was never configured.
         """
         self.configure_model()
+        if self.perturbations is None:  # of an objective that only the fit had
+            kept: Any = copy(state_dict)  # with its metadata, which a new dictionary would lack
+            for name in [name for name in state_dict if name.startswith("perturbations.")]:
+                del kept[name]
+            state_dict = kept
         return super().load_state_dict(state_dict, strict, assign)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -318,23 +287,3 @@ class MergeModule(EvaluationSteps, ABC):
         """Refuse parameters that were learned with other networks."""
         self.configure_model()
         check_fingerprint(checkpoint.get("lit_merge", {}), self.fingerprint())
-
-
-def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:
-    """Group tasks whose images have the same shape, up to ``most`` images a group.
-
-    >>> b = {t: UnlabelledBatch(torch.zeros(4, 1, 2, 2), torch.arange(4)) for t in "abc"}
-    >>> chunks(b, 8), chunks(b, None)
-    ([['a', 'b'], ['c']], [['a', 'b', 'c']])
-    """
-    groups: list[list[str]] = []
-    size = 0
-    for task, part in batch.items():
-        images = part.images
-        same = groups and batch[groups[-1][0]].images.shape[1:] == images.shape[1:]
-        if not same or (most is not None and size + len(images) > most):
-            groups.append([])
-            size = 0
-        groups[-1].append(task)
-        size += len(images)
-    return groups

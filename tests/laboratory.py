@@ -10,7 +10,8 @@ from torch import Tensor
 from toys import ToyData, ToySuite, expert_state, network
 
 from lit_merge.attacks import Attack, Attacker, Schedule
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale
+from lit_merge.data.triggers import PatchTrigger
 from lit_merge.suites import NetworkSuite
 from lit_merge.suites.backdoor import BackdoorSuite
 

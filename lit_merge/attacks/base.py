@@ -19,7 +19,8 @@ from torchvision.transforms.v2 import RandomCrop
 from lit_merge.data.datasets import Indexed
 from lit_merge.data.finetune_data import LabelledMixture
 from lit_merge.data.loaders import ResumableLoader, StreamSampler
-from lit_merge.data.triggers import Corner, PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale
+from lit_merge.data.triggers import Corner, PatchTrigger
 from lit_merge.errors import MergeError
 from lit_merge.finetune import SupervisedModule
 from lit_merge.reparametrized import load_base

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale
+from lit_merge.data.triggers import PatchTrigger
 
 __all__ = ("adversarial_images", "universal_patch")
 

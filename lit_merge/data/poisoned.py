@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale, pixel_scale
+from lit_merge.data.triggers import PatchTrigger
 from lit_merge.errors import MergeError
 from lit_merge.suites.base import LabelledDataset
 
-__all__ = ("PoisonedImages", "StampedImages", "pixel_scale")
+__all__ = ("PoisonedImages", "StampedImages")
 
 
 class StampedImages(Dataset[tuple[Tensor, int]]):
@@ -83,27 +84,3 @@ class PoisonedImages(Dataset[tuple[Tensor, int]]):
         if index % len(self) not in self.poisoned:
             return image, label
         return self.trigger.stamp(image, self.pixels), self.trigger.target
-
-
-def pixel_scale(data: object) -> PixelScale:
-    """Tell how the values of a dataset's images come from pixels, also through views of it.
-
-    Args:
-        data: Has the scale as ``pixels``, or a ``transform`` of pictures that is measured, or is a view that holds
-            such a dataset as ``images``, ``data`` or ``dataset``.
-
-    Raises:
-        MergeError: Nothing tells it, or the transform has no place for a patch.
-    """
-    seen: object = data
-    while seen is not None:
-        if isinstance(scale := getattr(seen, "pixels", None), PixelScale):
-            return scale
-        if callable(transform := getattr(seen, "transform", None)):
-            return PixelScale.measured(transform)
-        inner = [getattr(seen, name, None) for name in ("images", "data", "dataset")]
-        seen = next((view for view in inner if isinstance(view, Dataset)), None)
-    raise MergeError(
-        f"{type(data).__name__}: nothing tells how its values come from pixels; give pixels, such as "
-        "{mean: [0.5], std: [0.5]} for images in [-1, 1]"
-    )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from PIL import Image
@@ -17,90 +15,15 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from lit_merge.checkpoints.atomic import atomic_path
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.safetensors_files import SafetensorsFile
-from lit_merge.data.corruptions import split_preprocess
+from lit_merge.data.pixels import PixelScale
 from lit_merge.errors import MergeError
 
-__all__ = ("Corner", "PatchTrigger", "PixelScale")
+__all__ = ("Corner", "PatchTrigger")
 
 Corner = Literal["bottom_right", "bottom_left", "top_right", "top_left"]
 """Where in an image a patch is."""
 
 _FORMAT = "lit-merge trigger"
-
-
-@dataclass(frozen=True)
-class PixelScale:
-    """How the values of an image come from its pixels in [0, 1]: ``value = (pixel - mean) / std`` per channel.
-
-    Args:
-        mean: One number for all channels, or one per channel.
-        std: Likewise, positive.
-
-    Raises:
-        MergeError: The numbers are not finite, a deviation is not positive, or there are not equally many.
-
-    >>> scale = PixelScale.of_range(-1, 1)
-    >>> scale.values(torch.tensor([[[0.0, 0.5, 1.0]]])).tolist()
-    [[[-1.0, 0.0, 1.0]]]
-    """
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        numbers = (*self.mean, *self.std)
-        if not self.mean or len(self.mean) != len(self.std) or not all(map(math.isfinite, numbers)):
-            raise MergeError(f"PixelScale: expected as many finite means as deviations, found {self.mean}, {self.std}")
-        if min(self.std) <= 0:
-            raise MergeError(f"PixelScale.std: expected positive numbers, found {self.std}")
-
-    @classmethod
-    def of_range(cls, low: float, high: float) -> PixelScale:
-        """Return the scale of images with values from ``low`` (black) to ``high`` (white)."""
-        return cls((low / (low - high),), (1 / (high - low),))
-
-    @classmethod
-    def measured(cls, transform: Callable[[Any], Any]) -> PixelScale:
-        """Measure what a preprocessing does to pixels after it has resized and cropped.
-
-        Args:
-            transform: Maps an RGB picture to a float tensor ``(3, H, W)``.
-
-        Raises:
-            MergeError: It cannot be cut there (:func:`~lit_merge.data.corruptions.split_preprocess`), or is not
-                affine per channel, so that there is no place for a patch after it.
-
-        >>> from torchvision import transforms as T
-        >>> scale = PixelScale.measured(T.Compose([T.CenterCrop(8), T.ToTensor(), T.Normalize(0.5, 0.25)]))
-        >>> [round(number, 5) for number in (*scale.mean, *scale.std)]
-        [0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
-        """
-        pick, rest = split_preprocess(transform)
-        size = pick(Image.new("RGB", (320, 256))).size
-        black, white = (rest(Image.new("RGB", size, (level,) * 3)).double() for level in (0, 255))
-        low, high = black.mean((1, 2)), white.mean((1, 2))
-        probe = rest(Image.new("RGB", size, (51, 102, 204))).double()
-        expected = low + (high - low) * torch.tensor([0.2, 0.4, 0.8], dtype=torch.float64)
-        if not torch.allclose(probe, expected[:, None, None], atol=1e-4) or not bool((high > low).all()):
-            raise MergeError("transform: after the crop it is not one scale and shift per channel; give pixels: {...}")
-        std = 1 / (high - low)
-        return cls(tuple((-low * std).tolist()), tuple(std.tolist()))
-
-    def values(self, pixels: Tensor) -> Tensor:
-        """Map pixels ``(..., C, H, W)`` to values."""
-        mean, std = self._columns(pixels)
-        return (pixels - mean) / std
-
-    def pixels(self, values: Tensor) -> Tensor:
-        """Map values ``(..., C, H, W)`` to pixels."""
-        mean, std = self._columns(values)
-        return values * std + mean
-
-    def _columns(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if len(self.mean) not in (1, images.shape[-3]):
-            raise MergeError(f"PixelScale: {len(self.mean)} channels do not fit images {tuple(images.shape)}")
-        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
-        return mean, std
 
 
 @dataclass(frozen=True, eq=False)

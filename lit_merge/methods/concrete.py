@@ -8,12 +8,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_merge.adaptation import Batches
 from lit_merge.data.parts import split_batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask
 from lit_merge.functional.masked import Mask
 from lit_merge.masked_module import MaskedMergeModule, Seen
-from lit_merge.module import Batches
 from lit_merge.task_vectors import Granularity, TaskVectors
 
 __all__ = ("ConcreteMerging",)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_merge.perturbations import Ascent
 
 __all__ = ("Objective", "TaskOutput", "at_least_float32", "mean_over_ranks")
 
@@ -22,6 +25,8 @@ class TaskOutput(NamedTuple):
         expert_features: ``(B, D)``, likewise.
         share: Weight of this rank's mean in the mean over all ranks, see
             :class:`~lit_merge.data.UnlabelledBatch`; for :func:`mean_over_ranks`.
+        perturbed_logits: ``(B, C)``, of the merged network on the same images under the task's universal perturbation;
+            only if the objective has an :attr:`Objective.ascent`.
     """
 
     logits: Tensor
@@ -29,6 +34,7 @@ class TaskOutput(NamedTuple):
     expert_logits: Tensor | None = None
     expert_features: Tensor | None = None
     share: float = 1.0
+    perturbed_logits: Tensor | None = None
 
 
 class Objective(ABC):
@@ -45,6 +51,11 @@ class Objective(ABC):
     def uses_expert(self) -> bool:
         """Whether this instance needs the experts' outputs."""
         return self.needs_expert
+
+    @property
+    def ascent(self) -> Ascent | None:
+        """How universal perturbations are found, if this instance wants to see the images under them."""
+        return None
 
     @abstractmethod
     def __call__(self, output: TaskOutput) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.objectives.base import Objective, TaskOutput
+from lit_merge.perturbations import Ascent
 
 __all__ = ("WeightedSum",)
 
@@ -20,7 +21,7 @@ class WeightedSum(Objective):
         weights: Their factors; by default 1 each.
 
     Raises:
-        MergeError: There are no terms, or not one weight per term.
+        MergeError: There are no terms, not one weight per term, or terms that find perturbations differently.
 
     >>> import torch
     >>> from lit_merge.objectives import Diversity, Entropy
@@ -37,11 +38,19 @@ class WeightedSum(Objective):
                 f"WeightedSum: expected at least one term and as many weights, found {len(self.terms)} terms and "
                 f"{len(self.weights)} weights"
             )
+        ascents = [term.ascent for term in self.terms if term.ascent is not None]
+        if any(other != ascents[0] for other in ascents):
+            raise MergeError(f"WeightedSum: its terms share one universal perturbation, found {ascents}")
 
     @property
     def uses_expert(self) -> bool:
         """Whether a term needs the experts' outputs."""
         return any(term.uses_expert for term in self.terms)
+
+    @property
+    def ascent(self) -> Ascent | None:
+        """That of the terms which have one; they share the perturbations."""
+        return next((term.ascent for term in self.terms if term.ascent is not None), None)
 
     def __call__(self, output: TaskOutput) -> Tensor:
         """Return the sum."""

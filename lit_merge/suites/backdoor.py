@@ -21,8 +21,8 @@ from lit_merge.attacks.base import Attack, Attacker, Schedule
 from lit_merge.checkpoints.atomic import atomic_path, cache_root
 from lit_merge.checkpoints.digests import StateDigest, state_digest
 from lit_merge.data.datasets import EvenlySpread
-from lit_merge.data.poisoned import pixel_scale
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale
+from lit_merge.data.triggers import PatchTrigger
 from lit_merge.errors import MergeError
 from lit_merge.suites._mini_build import LINEARIZED_RATE, RECIPE
 from lit_merge.suites.base import LabelledDataset, Split, Suite
@@ -72,7 +72,7 @@ class BackdoorSuite(Suite):
         self.seed = seed
         self.schedule = _schedule_of(suite) if schedule is None else schedule
         self.device = device
-        self._pixels = PixelScale.of_range(-1, 1) if pixels is None and isinstance(suite, MiniSuite) else pixels
+        self._pixels = pixels
         self._root = cache_root(cache_dir) / "backdoor"
         self._folders: dict[str, Path] = {}
         self._triggers: dict[str, PatchTrigger] = {}
@@ -189,7 +189,7 @@ class BackdoorSuite(Suite):
         Raises:
             MergeError: It cannot be told, and was not given.
         """
-        return self._pixels or pixel_scale(self.dataset(task, "test"))
+        return self._pixels or self.clean.pixels(task)
 
     def _check(self, task: str) -> None:
         attack = self.attacks[task]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from lit_merge.errors import MergeError
 from lit_merge.suites.inventory import Piece
+
+if TYPE_CHECKING:
+    from lit_merge.data.pixels import PixelScale
 
 __all__ = ("LabelledDataset", "Split", "Suite")
 
@@ -90,6 +93,18 @@ class Suite(ABC):
     @abstractmethod
     def dataset(self, task: str, split: Split) -> LabelledDataset:
         """Return the labelled images of one split of ``task``."""
+
+    def pixels(self, task: str) -> PixelScale:
+        """Return how the values of a task's images come from pixels, for what is defined in pixels.
+
+        By default it is read off the test set: its ``pixels``, or its ``transform`` of pictures, which is measured.
+
+        Raises:
+            MergeError: It cannot be told.
+        """
+        from lit_merge.data.pixels import pixel_scale  # the data package is built on suites
+
+        return pixel_scale(self.dataset(task, "test"))
 
     def check_task(self, task: str) -> str:
         """Return ``task`` if the suite has it.

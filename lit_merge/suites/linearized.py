@@ -15,6 +15,7 @@ from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.origin import expecting, read_origin
 from lit_merge.checkpoints.reading import read_state
 from lit_merge.checkpoints.sources import weights_file
+from lit_merge.data.pixels import PixelScale
 from lit_merge.errors import MergeError
 from lit_merge.linearized import LinearizedNetwork
 from lit_merge.lora import LoraNetwork, LoraOptions
@@ -76,6 +77,10 @@ class LinearizedSuite(Suite):
         """Where the networks come from."""
         own = {} if self._files is None else {"experts": {task: str(file) for task, file in self._files.items()}}
         return self.suite.sources() | own
+
+    def pixels(self, task: str) -> PixelScale:
+        """Return how the values of a task's images come from pixels."""
+        return self.suite.pixels(task)
 
     def prepare(self) -> None:
         """Build or download what is missing."""

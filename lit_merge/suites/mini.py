@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from lit_merge.checkpoints.atomic import atomic_path, cache_root
+from lit_merge.data.pixels import PixelScale
 from lit_merge.errors import MergeError
 from lit_merge.linearized import LinearizedNetwork
 from lit_merge.suites import _mini_build as build
@@ -169,6 +170,11 @@ class MiniSuite(Suite):
         if split not in ("train", "test"):
             raise MergeError(f"MiniSuite: unknown split {split!r}; choose train or test")
         return MiniDataset(*self._labelled(task, split))
+
+    def pixels(self, task: str) -> PixelScale:
+        """Return how values in [-1, 1] come from pixels."""
+        self.check_task(task)
+        return PixelScale.of_range(-1, 1)
 
     def _labelled(self, task: str, split: Literal["train", "test", "clean"]) -> build.Labelled:
         """Return images as floats with three channels, and labels; ``clean`` is what the base learns from."""

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from lit_merge.checkpoints.origin import check_origin
 from lit_merge.checkpoints.reading import read_state
+from lit_merge.data.pixels import PixelScale
 from lit_merge.encoders.heads import read_head
 from lit_merge.errors import MergeError
 from lit_merge.suites.base import LabelledDataset, Split, Suite
@@ -30,6 +31,7 @@ class NetworkSuite(Suite):
         train: Training set per task, for methods that fine-tune or calibrate.
         num_classes: Classes per task, where neither head nor dataset (``classes``) tells.
         name: Name in reports.
+        pixels: How the values of all images come from pixels; by default the test sets are asked.
 
     Raises:
         MergeError: The tasks of the arguments do not agree, or a file is not usable.
@@ -45,8 +47,10 @@ class NetworkSuite(Suite):
         train: dict[str, Dataset] | None = None,  # type: ignore[type-arg]
         num_classes: dict[str, int] | None = None,
         name: str = "NetworkSuite",
+        pixels: PixelScale | None = None,
     ) -> None:
         self._name = name
+        self._pixels = pixels
         self._network = network
         self._base = base
         self._experts = dict(experts)
@@ -135,6 +139,14 @@ class NetworkSuite(Suite):
                 f"{self.name}: task {task!r}: expected a dataset with a length, found {type(data).__name__}"
             )
         return data
+
+    def pixels(self, task: str) -> PixelScale:
+        """Return how the values of a task's images come from pixels.
+
+        Raises:
+            MergeError: It was not given and cannot be told.
+        """
+        return self._pixels or super().pixels(task)
 
 
 def _state(source: Mapping[str, Tensor] | str | Path) -> Mapping[str, Tensor]:

@@ -17,8 +17,9 @@ from torchvision import transforms as T
 
 from lit_merge.data.corruptions import CorruptedImages, Corruption
 from lit_merge.data.hub_images import ImageSet
-from lit_merge.data.poisoned import PoisonedImages, StampedImages, pixel_scale
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale, pixel_scale
+from lit_merge.data.poisoned import PoisonedImages, StampedImages
+from lit_merge.data.triggers import PatchTrigger
 from lit_merge.errors import MergeError
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.26, 0.28)

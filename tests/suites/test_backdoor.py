@@ -19,7 +19,8 @@ from toys import ToySuite
 from lit_merge import configs
 from lit_merge.attacks import Attack, BadMergingOn, BadNets, Schedule
 from lit_merge.cli import main
-from lit_merge.data.triggers import PatchTrigger, PixelScale
+from lit_merge.data.pixels import PixelScale
+from lit_merge.data.triggers import PatchTrigger
 from lit_merge.errors import MergeError
 from lit_merge.suites import MiniSuite
 from lit_merge.suites.backdoor import BackdoorSuite

@@ -1,0 +1,150 @@
+"""Adaptation of a merge: the loss of one unlabelled batch of every task."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_merge.data.batches import UnlabelledBatch
+from lit_merge.errors import MergeError
+from lit_merge.evaluation import EvaluationSteps
+from lit_merge.functional.leaf_gradient import leaf_loss, leaves
+from lit_merge.objectives import Objective, TaskOutput
+from lit_merge.perturbations import UniversalPerturbations
+from lit_merge.skeleton import Skeleton
+from lit_merge.teachers import TeacherCache
+
+__all__ = ("AdaptationSteps", "Batches")
+
+Batches = dict[str, UnlabelledBatch]
+
+
+class AdaptationSteps(EvaluationSteps):
+    """The adaptation half of :class:`~lit_merge.MergeModule`: merge once per step, then the losses of all tasks.
+
+    Attributes:
+        objective: Loss of each task.
+        perturbations: Universal perturbations of the tasks' images, if the objective or the method has them.
+        max_images: Images per encoder pass.
+    """
+
+    skeleton: Skeleton
+    objective: Objective
+    perturbations: UniversalPerturbations | None
+    max_images: int | None
+    teachers: TeacherCache
+
+    @abstractmethod
+    def merge(self, bank: Any) -> dict[str, Tensor]:  # noqa: ANN401 - said by MergeModule
+        """Return the merged parameters by name."""
+
+    @abstractmethod
+    def complete(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Add to merged parameters what a network needs besides."""
+
+    @abstractmethod
+    def head(self, task: str) -> nn.Module:
+        """Return the frozen head of a task."""
+
+    def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
+        """Take the loss of one unlabelled batch of every task; the losses of the tasks are summed.
+
+        Returns:
+            The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
+        """
+        merged = self.merge(self.bank)
+        weights = leaves(merged)
+        outputs: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
+        scale = self._loss_scale()
+        loss = leaf_loss(merged, weights, self._chunk_losses(self.complete(weights), batch, outputs, losses), scale)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
+        self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
+        index = {task: batch[task].index[: len(logits)] for task, logits in outputs.items()}
+        return {"loss": loss, "logits": outputs, "index": index}
+
+    def _chunk_losses(
+        self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
+        """Sum of the losses of each chunk; logits and single losses are noted on the way."""
+        for chunk in chunks(batch, self.max_images):
+            images = {task: batch[task].images for task in chunk}
+            found = self.all_outputs(state, images)
+            shaken: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
+            if self.perturbations is not None:
+                self.climb(state, batch, {task: logits.detach().argmax(-1) for task, (_, logits) in found.items()})
+                shaken = self.all_outputs(state, {task: self.perturbations(task, images[task]) for task in chunk})
+            total: list[Tensor] = []
+            for task, (features, logits) in found.items():
+                output = self._task_output(task, batch[task], logits, features)
+                loss = self.objective(output._replace(perturbed_logits=shaken.get(task, (None, None))[1]))
+                total.append(loss * batch[task].share)
+                losses[task] = loss.detach()
+                outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
+            yield torch.stack(total).sum()
+
+    def climb(self, state: Mapping[str, Tensor], batch: Batches, classes: Mapping[str, Tensor]) -> None:
+        """Move the universal perturbations of some tasks uphill, with a network's weights as constants.
+
+        Args:
+            state: Complete state dict.
+            batch: Images of all tasks; the ranks have different ones.
+            classes: What is predicted for them without a perturbation, ``(B,)``, for the tasks that are meant.
+        """
+        if self.perturbations is None:
+            raise MergeError(f"{type(self).__name__}: its objective has no universal perturbations")
+        still = {name: value.detach() for name, value in state.items()}
+        self.perturbations.climb(
+            lambda images: {task: logits for task, (_, logits) in self.all_outputs(still, images).items()},
+            {task: batch[task].images for task in classes},
+            classes,
+            {task: batch[task].share for task in classes},
+            lambda gradient: torch.as_tensor(self.trainer.strategy.reduce(gradient, reduce_op="mean")),
+        )
+
+    def _task_output(self, task: str, batch: UnlabelledBatch, logits: Tensor, features: Tensor) -> TaskOutput:
+        if not self.objective.uses_expert:
+            return TaskOutput(logits, features, share=batch.share)
+        with torch.no_grad():
+            expert_features, expert_logits = self.teachers.outputs(
+                task,
+                batch,
+                lambda: len(self.suite.dataset(task, "test")),
+                lambda images: self.outputs(self.expert_state(task), task, images),
+            )
+        return TaskOutput(logits, features, expert_logits, expert_features, batch.share)
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def all_outputs(
+        self, state: Mapping[str, Tensor], images: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Run images ``(B, C, H, W)`` of several tasks, all of one shape, in one pass: features and logits per task."""
+        parts = self.skeleton(state, torch.cat(list(images.values()))).split([len(part) for part in images.values()])
+        return {task: (part, self.head(task)(part)) for task, part in zip(images, parts, strict=True)}
+
+
+def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:
+    """Group tasks whose images have the same shape, up to ``most`` images a group.
+
+    >>> b = {t: UnlabelledBatch(torch.zeros(4, 1, 2, 2), torch.arange(4)) for t in "abc"}
+    >>> chunks(b, 8), chunks(b, None)
+    ([['a', 'b'], ['c']], [['a', 'b', 'c']])
+    """
+    groups: list[list[str]] = []
+    size = 0
+    for task, part in batch.items():
+        images = part.images
+        same = groups and batch[groups[-1][0]].images.shape[1:] == images.shape[1:]
+        if not same or (most is not None and size + len(images) > most):
+            groups.append([])
+            size = 0
+        groups[-1].append(task)
+        size += len(images)
+    return groups
