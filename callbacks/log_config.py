@@ -35,14 +35,18 @@ class LogConfig(SaveConfigCallback):
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
         self._asked = self.config if asked is None else asked
         self._folder = Path()
+        self._text = ""
 
     def text(self) -> str:
         """Return the config as YAML; what only one subcommand knows is left out unless it was given."""
+        if self._text:  # a dump takes a tenth of a second, and a run asks for it several times
+            return self._text
         config = self._asked.clone()
         for key in [key for key in vars(config) if key not in _SHARED]:
             if config[key] == self.parser.get_default(key):
                 del config[key]
-        return str(self.parser.dump(config, skip_none=False))
+        self._text = str(self.parser.dump(config, skip_none=False))
+        return self._text
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Save once per process, on all stages' first."""

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AWM": "lit_merge.methods",
     "AdaMerging": "lit_merge.methods",
     "BackdoorSuite": "lit_merge.suites",
     "ClipSuite": "lit_merge.suites",
     "ConcreteMerging": "lit_merge.methods",
+    "DAM": "lit_merge.methods",
     "Dare": "lit_merge.methods",
     "Diversity": "lit_merge.objectives",
     "Entropy": "lit_merge.objectives",
@@ -32,7 +34,9 @@ _HOMES = {
     "MiniSuite": "lit_merge.suites",
     "NetworkSuite": "lit_merge.suites",
     "Objective": "lit_merge.objectives",
+    "PerturbationConsistency": "lit_merge.objectives",
     "RunLogger": "lit_merge.loggers",
+    "SAU": "lit_merge.methods",
     "SimpleAverage": "lit_merge.methods",
     "Suite": "lit_merge.suites",
     "TaskArithmetic": "lit_merge.methods",
@@ -46,6 +50,9 @@ _HOMES = {
 _MODULES = ("attacks", "callbacks", "configs", "functional", "transforms")
 
 __all__ = (
+    "AWM",
+    "DAM",
+    "SAU",
     "AdaMerging",
     "BackdoorSuite",
     "ClipSuite",
@@ -63,6 +70,7 @@ __all__ = (
     "MiniSuite",
     "NetworkSuite",
     "Objective",
+    "PerturbationConsistency",
     "RunLogger",
     "SimpleAverage",
     "Suite",

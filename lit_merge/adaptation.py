@@ -75,7 +75,7 @@ class AdaptationSteps(EvaluationSteps):
             images = {task: batch[task].images for task in chunk}
             found = self.all_outputs(state, images)
             shaken: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
-            if self.perturbations is not None:
+            if self.perturbations is not None and self.objective.ascent is not None:
                 self.climb(state, batch, {task: logits.detach().argmax(-1) for task, (_, logits) in found.items()})
                 shaken = self.all_outputs(state, {task: self.perturbations(task, images[task]) for task in chunk})
             total: list[Tensor] = []

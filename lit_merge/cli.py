@@ -37,6 +37,11 @@ _REGISTRY = ("attacks", "methods", "objectives", "transforms", "suites", "data",
 class MergeCLI(LightningCLI):
     """``lit-merge``: the suite is given once and feeds model and data."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        given = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        self._asked = str(given[0]) if isinstance(given, list) and given else ""
+        super().__init__(*args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, and those of :class:`~lit_merge.MergeTrainer`."""
@@ -47,6 +52,13 @@ class MergeCLI(LightningCLI):
             "merge": known,
             "export": known,
         }
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:  # noqa: ANN401
+        """Make the parser of the subcommand that is asked for; that of every one only where none of them is known."""
+        every = self.subcommands()
+        if (asked := self._asked) in every:
+            self.subcommands = lambda: {asked: every[asked]}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401
         """Make the parser with bundled configs."""

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_merge.adaptation import Batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, final_mask, rescale_mask
-from lit_merge.functional.leaf_gradient import leaf_loss, leaves
+from lit_merge.functional.leaf_gradient import accumulate, leaf_loss, leaves
 from lit_merge.functional.masked import Mask
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -100,13 +100,23 @@ class MaskedMergeModule(MergeModule):
             kind: ``mean``, ``threshold`` or ``sample``, see :func:`lit_merge.functional.final_mask`.
             step: Of the sample; -1 for the one that is used in the end.
         """
-        generator = torch.Generator(logits.device)
+        return Mask(lambda column, piece: rescale_mask(self.drawn(column, piece, kind, step)), (logits,))
 
-        def recipe(column: int, piece: Tensor) -> Tensor:
-            generator.manual_seed(_derived(self.mask_seed, step, column))
-            return rescale_mask(final_mask(piece, kind, self.temperature, generator))
+    def drawn(self, column: int, piece: Tensor, kind: FinalMask, step: int, which: int = 0) -> Tensor:
+        """Return the mask of one tensor, not rescaled.
 
-        return Mask(recipe, (logits,))
+        Args:
+            column: Number of the tensor.
+            piece: Its logits.
+            kind: ``mean``, ``threshold`` or ``sample``.
+            step: Of the sample.
+            which: Of several masks, so that their samples are independent.
+        """
+        generator = None
+        if kind == "sample":
+            keys = (self.mask_seed, step, column, *([which] if which else []))
+            generator = torch.Generator(piece.device).manual_seed(_derived(*keys))
+        return final_mask(piece, kind, self.temperature, generator)
 
     def on_train_start(self) -> None:
         """Compare the masks of all ranks.
@@ -149,6 +159,54 @@ class MaskedMergeModule(MergeModule):
         found = torch.autograd.grad(loss, list(of))
         return loss.detach(), [torch.as_tensor(self.trainer.strategy.reduce(g, reduce_op="mean")) for g in found]
 
+    def weight_gradient(
+        self,
+        coefficients: Tensor,
+        mask: Mask,
+        losses: Callable[[dict[str, Tensor]], Iterable[Tensor]],
+        into: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return a loss of the merged network and its gradient by the merged weights.
+
+        With :meth:`pull_back` it is :meth:`gradients` in two halves, for steps that use one gradient twice.
+
+        Args:
+            coefficients: ``(T, L)``.
+            mask: The mask.
+            losses: Maps the complete state dict of the merged network to losses, which are summed.
+            into: Gradient of an earlier loss that this one is added to, in place.
+
+        Returns:
+            The loss on this rank, and this rank's gradient by name.
+        """
+        with torch.no_grad():
+            weights = self.bank.contract(coefficients, mask)
+        scale = self._loss_scale()
+        for name, weight in weights.items():
+            weight.requires_grad_()
+            weight.grad = None if into is None or name not in into else into[name].mul_(scale)
+        total = torch.zeros((), device=self.device)
+        for loss in losses(self.complete(weights)):
+            accumulate(loss * scale, weights)
+            total += loss.detach()
+        found = {name: weight.grad.div_(scale) for name, weight in weights.items() if weight.grad is not None}
+        return total, found
+
+    def pull_back(
+        self, gradient: dict[str, Tensor], coefficients: Tensor, mask: Mask, wanted: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return gradients by coefficients ``(T, L)`` and logits ``(P,)``, in the mean over ranks.
+
+        Args:
+            gradient: By the merged weights, see :meth:`weight_gradient`.
+            coefficients: ``(T, L)``, the same as there.
+            mask: The mask, the same as there.
+            wanted: For the coefficients and for each of the logits, whether it is wanted.
+        """
+        found = self.bank.pull_back(gradient, coefficients, mask, wanted)
+        reduce = self.trainer.strategy.reduce
+        return [torch.as_tensor(reduce(g, reduce_op="mean")) for g in found if g is not None]
+
     def losses_of(self, batch: Batches, seen: Seen) -> Callable[[dict[str, Tensor]], Iterable[Tensor]]:
         """Return the objective on a batch as a function of the merged network, for :meth:`gradients`.
 
@@ -171,17 +229,23 @@ class MaskedMergeModule(MergeModule):
             return [{"optimizer": optimizer} for optimizer in optimizers]
         return [{"optimizer": each, "lr_scheduler": self.scheduler_factory(each)} for each in optimizers]
 
-    def step(self, number: int, parameter: nn.Parameter, gradient: Tensor) -> None:
-        """Take one step of the run, which counts as one, and one of the optimizer's scheduler; then project.
+    def step(self, number: int, parameter: nn.Parameter, gradient: Tensor, counts: bool = True) -> None:
+        """Take one step of the optimizer and one of its scheduler; then project.
 
         Args:
             number: Of the optimizer.
             parameter: Its parameter.
             gradient: The gradient, which does not outlive the step.
+            counts: Whether this is the one step of the run that the Trainer counts for a batch.
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        parameter.grad = gradient if scaler is None else scaler.scale(gradient)  # the precision plugin unscales it
-        _listed(self.optimizers())[number].step()
+        if counts:
+            # the precision plugin unscales it
+            parameter.grad = gradient if scaler is None else scaler.scale(gradient)
+            _listed(self.optimizers())[number].step()
+        else:
+            parameter.grad = gradient if scaler is None or bool(gradient.isfinite().all()) else None
+            _listed(self.optimizers(use_pl_optimizer=False))[number].step()
         parameter.grad = None
         with torch.no_grad():
             self.project()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 import torch.nn.functional as tf
@@ -18,7 +18,10 @@ from lit_merge.data.pixels import PixelScale
 from lit_merge.errors import MergeError
 from lit_merge.suites.base import Suite
 
-__all__ = ("Ascent", "UniversalPerturbations", "fooled")
+__all__ = ("Ascent", "Box", "UniversalPerturbations", "fooled")
+
+
+Box = Literal["valid", "unit", "none"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Ascent:
         rate: Change of a pixel by one step; by default a quarter of ``epsilon``.
         direction: ``sign``: every pixel changes by ``rate``, as in PGD (arXiv 1706.06083); ``adam``: by Adam's rule
             with ``rate`` as learning rate, as in DAM's released code.
+        box: What perturbed images are cut to while climbing, see :class:`UniversalPerturbations`.
 
     Raises:
         MergeError: A value is out of range.
@@ -40,6 +44,7 @@ class Ascent:
     steps: int = 1
     rate: float | None = None
     direction: Literal["sign", "adam"] = "sign"
+    box: Box = "valid"
 
     def __post_init__(self) -> None:
         if self.epsilon is not None and not self.epsilon >= 0:
@@ -48,6 +53,8 @@ class Ascent:
             raise MergeError(f"Ascent.steps: expected at least 0, found {self.steps}")
         if self.direction not in ("sign", "adam"):
             raise MergeError(f"Ascent.direction: expected sign or adam, found {self.direction!r}")
+        if self.box not in get_args(Box):
+            raise MergeError(f"Ascent.box: expected valid, unit or none, found {self.box!r}")
         if self.rate is None and self.epsilon is None:
             raise MergeError("Ascent.rate: expected a number, as there is no epsilon to derive it from")
         if self.rate is not None and not self.rate > 0:
@@ -104,17 +111,23 @@ class UniversalPerturbations(nn.Module):
         """Return the perturbation of a task, ``(C, H, W)`` in pixels."""
         return self.get_buffer(f"delta_{self.tasks.index(task)}")
 
-    def forward(self, task: str, images: Tensor, delta: Tensor | None = None) -> Tensor:
+    def forward(self, task: str, images: Tensor, delta: Tensor | None = None, box: Box = "valid") -> Tensor:
         """Return images with the perturbation, cut to values that pixels in [0, 1] have.
 
         Args:
             task: Whose perturbation.
             images: ``(B, C, H, W)``, as the network takes them.
             delta: ``(C, H, W)`` in pixels, in place of the task's own; differentiable.
+            box: ``valid``; or as in DAM's released code, ``none``, or ``unit``: values are cut to [0, 1] although they
+                are normalised, which flattens whatever is darker than the mean.
         """
         scale = self.scales[task]
         change = (self.delta(task) if delta is None else delta).to(images)
         std = images.new_tensor(scale.std)[:, None, None]
+        if box == "unit":
+            return (images + change / std).clamp(0, 1)
+        if box == "none":
+            return images + change / std
         black, white = (scale.values(images.new_full((1, images.shape[-3], 1, 1), level)) for level in (0, 1))
         # an image whose own values lie outside of the box, as those of a transform may, keeps them
         return (images + change / std).maximum(black.minimum(images)).minimum(white.maximum(images))
@@ -160,7 +173,7 @@ class UniversalPerturbations(nn.Module):
         for _ in range(self.ascent.steps):
             with torch.enable_grad():
                 deltas = {task: self.delta(task).detach().clone().requires_grad_() for task in images}
-                found = logits({task: self(task, images[task], deltas[task]) for task in images})
+                found = logits({task: self(task, images[task], deltas[task], self.ascent.box) for task in images})
                 losses = [
                     tf.cross_entropy(found[task].float(), classes[task]) * (1.0 if shares is None else shares[task])
                     for task in images

@@ -190,6 +190,37 @@ class TaskVectors(nn.Module):
                 raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
         return self._weights.contract(values, mask)
 
+    def pull_back(
+        self,
+        gradients: Mapping[str, Tensor],
+        coefficients: Tensor,
+        mask: Mask,
+        wanted: Sequence[bool] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Turn the gradient of a loss by the merged weights into that by coefficients and logits; :meth:`contract`'s.
+
+        For losses that are taken one after the other: their gradients by the weights can be summed up, and brought
+        here at any moment. One pass over the bank.
+
+        Args:
+            gradients: dL/dθ_l by name, ``(*shape)`` each; a tensor that is left out has none.
+            coefficients: ``(T, L)``.
+            mask: The mask.
+            wanted: For the coefficients and for each of the logits, whether its gradient is asked for; by default all.
+
+        Returns:
+            dL/dλ as ``(T, L)``, and dL/dx ``(P,)`` for each of the logits; ``None`` where none is asked for.
+
+        >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.tensor([1.0, 3.0])}})
+        >>> plain = Mask(lambda number, x: x, (torch.tensor([1.0, 0.5]),))
+        >>> bank.pull_back({"w": torch.tensor([1.0, 1.0])}, torch.tensor([[2.0]]), plain)
+        (tensor([[2.5000]]), tensor([2., 6.]))
+        """
+        ordered = [gradients.get(name) for name in self.names]
+        asked = (True,) * (1 + len(mask.logits)) if wanted is None else tuple(wanted)
+        with torch.autocast(self._weights.device.type, enabled=False):
+            return self._weights.masked_gradients(coefficients.detach(), mask.detach(), ordered, asked)
+
     def offset(self, delta: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
         """Return θ0 + scale · delta for one merged task vector.
 

@@ -39,16 +39,22 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str, status: int) -> str:
 
 @contextmanager
 def wandb_mode(mode: str) -> Iterator[None]:
-    """W&B without an account; in one process a new run needs the end of the one before."""
+    """W&B without an account, as if in a process of its own: its first run decides mode and working folder of all."""
     settings = {"MODE": mode, "SILENT": "true", "DIR": ".", "ERROR_REPORTING": "false"}
     with pytest.MonkeyPatch.context() as patch:
         for key, value in settings.items():
             patch.setenv(f"WANDB_{key}", value)
         patch.delenv("WANDB_API_KEY", raising=False)
+        _forget_wandb()  # whatever was used outside of here
         try:
             yield
         finally:
-            wandb.finish()
+            _forget_wandb()
+
+
+def _forget_wandb() -> None:
+    wandb.finish()  # also a disabled run, of which the next does not know
+    wandb.teardown()  # the settings, and the service with its working folder
 
 
 def report(folder: Path | str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -131,19 +131,37 @@ class Kill(L.Callback):
         point._save = watched  # type: ignore[method-assign]
 
 
-def in_child(work: Callable[[], object], deadline: float | None = None) -> int:
-    """Run something in a fork; returns 0 or 1, or minus the signal that ended it. ``deadline`` kills it in time."""
+def _fork(work: Callable[[], object]) -> int:
+    """Start something in a fork, and return the fork's id."""
     if (child := os.fork()) == 0:
+        status = 1
         try:
             work()
-            os._exit(0)
+            status = 0
         except BaseException:
             traceback.print_exc()
-            os._exit(1)
+        finally:
+            os._exit(status)  # whatever happens, no second pytest goes on
+    return child
+
+
+def _status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_child(work: Callable[[], object], deadline: float | None = None) -> int:
+    """Run something in a fork; returns 0 or 1, or minus the signal that ended it. ``deadline`` kills it in time."""
+    child = _fork(work)
     if deadline is not None:
         time.sleep(deadline)
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _status(child)
+
+
+def side_by_side(jobs: Sequence[Callable[[], object]]) -> None:
+    """Run independent jobs in two forks, one after another in each; what goes wrong there is an error here."""
+    children = [_fork(lambda share=share: [job() for job in share]) for share in (jobs[::2], jobs[1::2])]  # type: ignore[misc]
+    assert [_status(child) for child in children] == [0, 0], "a job failed; its traceback is on standard error"
 
 
 def fit(case: Case, root: Path, kill: Kill | None = None) -> None:

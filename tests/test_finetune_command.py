@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import yaml
 from commands import refused, report
+from kills import side_by_side
 from safetensors.torch import load_file
 from toys import ToyData, ToySuite
 
@@ -186,28 +189,30 @@ class TestRuns:
         assert facts(first)["weights"] == facts(second)["weights"]
         assert facts(second)["accuracy"] is None
 
-    @pytest.mark.parametrize(
-        ("step", "more"),
-        [
+    def test_a_crashed_run_goes_on_exactly(self, tmp_path: Path) -> None:
+        def job(number: int, step: int, more: list[str]) -> None:
+            (root := tmp_path / str(number)).mkdir()
+            os.chdir(root)
+            same = ["--evaluate=false", "--trainer.callbacks.every_n_steps=2", "--data.augment", NOISE, *more]
+            whole = facts(finetune(*same))["weights"]
+            with pytest.raises(SystemExit):
+                finetune(*same, "--trainer.callbacks+=test_finetune_command.Crash", f"--trainer.callbacks.step={step}")
+            crashed = Path("runs/finetune", TASK, "version_1")
+            assert not (crashed / "expert").exists()
+            folder = finetune(*same, "--ckpt_path=last")
+            assert folder == crashed / "expert"
+            assert facts(folder)["weights"] == whole, more
+            (folder / "model.safetensors").unlink()
+            assert facts(finetune(*same, "--ckpt_path=last"))["weights"] == whole  # finished: only written once more
+
+        crashes: list[tuple[int, list[str]]] = [
             (3, []),
             (2, ["--data.num_workers=1"]),
             (4, ["--trainer.accumulate_grad_batches=2", "--trainer.max_steps=5"]),
             (2, ["--trainer.max_steps=-1", "--trainer.max_epochs=2"]),  # in the middle of an epoch
             (3, ["--trainer.max_steps=-1", "--trainer.max_epochs=2"]),  # between two epochs
-        ],
-    )
-    def test_a_crashed_run_goes_on_exactly(self, step: int, more: list[str]) -> None:
-        same = ["--evaluate=false", "--trainer.callbacks.every_n_steps=2", "--data.augment", NOISE, *more]
-        whole = facts(finetune(*same))["weights"]
-        with pytest.raises(SystemExit):
-            finetune(*same, "--trainer.callbacks+=test_finetune_command.Crash", f"--trainer.callbacks.step={step}")
-        crashed = Path("runs/finetune", TASK, "version_1")
-        assert not (crashed / "expert").exists()
-        folder = finetune(*same, "--ckpt_path=last")
-        assert folder == crashed / "expert"
-        assert facts(folder)["weights"] == whole
-        (folder / "model.safetensors").unlink()
-        assert facts(finetune(*same, "--ckpt_path=last"))["weights"] == whole  # finished: only written once more
+        ]
+        side_by_side([partial(job, number, *crash) for number, crash in enumerate(crashes)])
 
     def test_last_is_that_of_the_task(self) -> None:
         finetune("--evaluate=false", "--trainer.max_steps=1")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from kills import STEPS, Case, in_child, report
+from kills import STEPS, Case, in_child, report, side_by_side
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -77,31 +78,38 @@ def learned(folder: Path) -> Tensor:
     return coefficients
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("logger", LOGGERS)
-def test_one_command_starts_resumes_and_finishes(
-    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, logger: str
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
+def starts_resumes_and_finishes(logger: str, root: Path, expected: Path) -> None:
+    """What the one command must do; it takes three forks in a folder of its own."""
+    root.mkdir()
+    os.chdir(root)
     options, place = LOGGERS[logger]
     arguments = command(*options)
     assert in_child(lambda: killed(arguments, 7)) == -signal.SIGKILL
-    points = list(tmp_path.rglob("last.ckpt"))
-    assert len(points) == 1
+    points = list(root.rglob("last.ckpt"))
+    assert len(points) == 1, logger
     folder = points[0].parent
-    assert folder == tmp_path / place or logger == "wandb"
+    assert folder == root / place or logger == "wandb"
     assert in_child(lambda: main(arguments)) == 0
-    assert list(tmp_path.rglob("last.ckpt")) == points  # resumed in the same folder, under the same W&B id
-    assert torch.equal(learned(folder), learned(straight))
-    assert report(folder) == report(straight)
+    assert list(root.rglob("last.ckpt")) == points  # resumed in the same folder, under the same W&B id
+    assert torch.equal(learned(folder), learned(expected))
+    assert report(folder) == report(expected)
     before = points[0].read_bytes()
     (folder / "report.json").unlink()
     assert in_child(lambda: main(arguments)) == 0
     assert points[0].read_bytes() == before
-    assert report(folder) == report(straight)
+    assert report(folder) == report(expected)
     assert json.loads((folder / "report.json").read_text())["extra"]["steps"] == 8
-    assert [path.parent for path in tmp_path.rglob("report.json")] == [folder]
+    assert [path.parent for path in root.rglob("report.json")] == [folder]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loggers", [list(LOGGERS)[:4], list(LOGGERS)[4:]], ids=["csv", "others"])
+def test_one_command_starts_resumes_and_finishes(
+    tmp_path: Path, straight: Path, monkeypatch: pytest.MonkeyPatch, loggers: list[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    side_by_side([partial(starts_resumes_and_finishes, name, tmp_path / name, straight) for name in loggers])
 
 
 def test_the_default_logger_of_lightning_is_found_again(tmp_path: Path, straight: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ FILES = sorted(
 )
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text())
 
 
 def public(tree: ast.Module) -> Iterator[tuple[str, Function | ast.ClassDef]]:
@@ -48,7 +55,7 @@ def test_there_are_files() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_everything_public_has_a_docstring(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     assert ast.get_docstring(tree), "the module has none"
     assert [name for name, node in public(tree) if not ast.get_docstring(node)] == []
 
@@ -56,7 +63,7 @@ def test_everything_public_has_a_docstring(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_everything_public_is_annotated(path: Path) -> None:
     bare = []
-    for name, node in functions(ast.parse(path.read_text())):
+    for name, node in functions(parsed(path)):
         arguments = node.args
         given = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
         bare += [f"{name}({a.arg})" for a in given if a and not a.annotation and a.arg not in ("self", "cls")]
@@ -75,7 +82,7 @@ def test_no_file_is_too_long(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lit_merge/functional").glob("*.py")), ids=lambda path: path.name)
 def test_functional_code_knows_no_lightning(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
@@ -86,7 +93,7 @@ def test_functional_code_knows_no_lightning(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_a_module_says_what_it_offers(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     targets = [t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)]
     if path.name != "__init__.py" or any(isinstance(node, ast.ImportFrom) and node.level == 0 for node in tree.body):
         has_public = any(True for _ in public(tree))

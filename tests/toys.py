@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lit_merge.data.pixels import PixelScale
 from lit_merge.encoders.heads import CosineHead
 from lit_merge.encoders.vit import small_vit
 from lit_merge.suites import NetworkSuite
@@ -18,6 +19,8 @@ SIZE = 8
 
 class ToyData(Dataset[tuple[Tensor, int]]):
     """Noisy prototypes: learnable, deterministic, of any size."""
+
+    pixels = PixelScale((0.5,), (0.125,))  # values in [-4, 4]
 
     def __init__(self, size: int, classes: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -115,23 +115,28 @@ class ConcreteMerging(MaskedMergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base classes
     ) -> None:
         super().__init__(**kwargs)
-        _one_of("coefficients", coefficients, ("learned", "fixed"))
-        _one_of("preset", preset, tuple(_PRESETS))
+        self._one_of("coefficients", coefficients, ("learned", "fixed"))
+        self._one_of("preset", preset, tuple(_PRESETS))
         chosen = _PRESETS[preset]
         self.inner_step: InnerStep = chosen.inner_step if inner_step is None else inner_step
         self.inner_rate = chosen.inner_rate if inner_rate is None else inner_rate
         self.stale = chosen.stale if stale is None else stale
         self.final_mask: FinalMask = chosen.final_mask if final_mask is None else final_mask
-        _one_of("inner_step", self.inner_step, get_args(InnerStep))
-        _one_of("final_mask", self.final_mask, get_args(FinalMask))
+        self._one_of("inner_step", self.inner_step, get_args(InnerStep))
+        self._one_of("final_mask", self.final_mask, get_args(FinalMask))
         for name, value in (("mask_steps", mask_steps), ("inner_rate", self.inner_rate), ("mask_rate", mask_rate or 0)):
             if not value >= 0:
-                raise MergeError(f"ConcreteMerging.{name}: expected at least 0, found {value}")
+                raise MergeError(f"{type(self).__name__}.{name}: expected at least 0, found {value}")
         self.learned = coefficients == "learned"
         self.granularity: Granularity = granularity
         self.init = init
         self.mask_steps = mask_steps
         self.mask_rate = mask_rate
+
+    def _one_of(self, name: str, value: object, known: tuple[str, ...]) -> None:
+        if value not in known:
+            choices = f"{', '.join(known[:-1])} or {known[-1]}"
+            raise MergeError(f"{type(self).__name__}.{name}: expected {choices}, found {value!r}")
 
     # What is learned ---------------------------------------------------------------------------------------------
 
@@ -178,7 +183,7 @@ class ConcreteMerging(MaskedMergeModule):
         total = self.trainer.estimated_stepping_batches
         if self.learned and total <= self.mask_steps:
             rank_zero_warn(
-                f"ConcreteMerging: all {total} steps belong to the mask (mask_steps: {self.mask_steps}), so the "
+                f"{type(self).__name__}: all {total} steps belong to the mask (mask_steps: {self.mask_steps}), so the "
                 "coefficients stay as they are; fit longer, lower mask_steps, or set coefficients: fixed"
             )
 
@@ -219,7 +224,7 @@ class ConcreteMerging(MaskedMergeModule):
         if self.inner_step == "adam":
             self.moved.data.copy_(start)
             self.moved.grad = gradient
-            self.optimizers(use_pl_optimizer=False)[2].step()  # type: ignore[index] # does not count as one of the run
+            self.optimizers(use_pl_optimizer=False)[-1].step()  # type: ignore[index] # does not count as one of the run
             self.moved.grad = None
         else:
             direction = gradient.sign() if self.inner_step == "sign" else gradient
@@ -251,16 +256,11 @@ class ConcreteMerging(MaskedMergeModule):
     def effective_scale(self) -> dict[str, float]:
         """Mean of λ · m over all entries, per task: what a merge without a mask has to be compared at."""
         mask = self.settled_mask()
-        parts = self.logits.split(self.bank.sizes)
-        weights = torch.stack([mask.recipe(column, part).sum() for column, part in enumerate(parts)])
+        parts = zip(*(logits.split(self.bank.sizes) for logits in mask.logits), strict=True)
+        weights = torch.stack([mask.recipe(column, *pieces).sum() for column, pieces in enumerate(parts)])
         means = (self.coefficient_table() * weights).sum(1) / len(self.logits)
         return dict(zip(self.bank.tasks, means.tolist(), strict=True))
 
     def report_extra(self) -> dict[str, Any]:
         """Return plain data for ``extra`` of the report."""
         return {"mask": {"final": self.final_mask, **self.mask_facts()}, "effective_scale": self.effective_scale()}
-
-
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise MergeError(f"ConcreteMerging.{name}: expected {', '.join(known[:-1])} or {known[-1]}, found {value!r}")

@@ -77,8 +77,8 @@ class PerturbationConsistency(Objective):
     Source: arXiv 2410.13910.
 
     >>> import torch
-    >>> PerturbationConsistency(epsilon=0.1).ascent
-    Ascent(epsilon=0.1, steps=1, rate=None, direction='sign')
+    >>> PerturbationConsistency(epsilon=0.1).ascent.pixel_rate
+    0.025
     """
 
     def __init__(

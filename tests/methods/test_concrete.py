@@ -283,8 +283,16 @@ class Write(L.Callback):
         torch.save({**state, "mask": mask, "seen": self.seen}, self.folder / f"{trainer.global_rank}.pt")
 
 
-@pytest.mark.parametrize("protocol", ["transductive", "online"])
-@pytest.mark.parametrize("options", [{}, {"preset": "released"}, {"coefficients": "fixed"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "protocol"),
+    [
+        ({}, "transductive"),
+        ({}, "online"),
+        ({"preset": "released"}, "transductive"),
+        ({"coefficients": "fixed"}, "online"),
+    ],
+    ids=str,
+)
 def test_two_ranks_are_one(tmp_path: Path, options: dict[str, Any], protocol: Any) -> None:
     found: list[Any] = []
     for ranks in (1, 2):
