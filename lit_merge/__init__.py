@@ -96,9 +96,16 @@ if TYPE_CHECKING:
     from lit_merge.errors import MergeError
     from lit_merge.expert import ExpertModule
     from lit_merge.loggers import RunLogger
-    from lit_merge.methods import AdaMerging, ConcreteMerging, Dare, SimpleAverage, TaskArithmetic, Ties
+    from lit_merge.methods import AWM, DAM, SAU, AdaMerging, ConcreteMerging, Dare, SimpleAverage, TaskArithmetic, Ties
     from lit_merge.module import MergeModule
-    from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
+    from lit_merge.objectives import (
+        Diversity,
+        Entropy,
+        ExpertAlignment,
+        Objective,
+        PerturbationConsistency,
+        WeightedSum,
+    )
     from lit_merge.suites import BackdoorSuite, ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite
     from lit_merge.task_vectors import TaskVectors
     from lit_merge.trainer import MergeTrainer

@@ -64,3 +64,10 @@ def laboratory(folder: Path | str = "cache", attacks: dict[str, Attack] | None =
 def equal(one: Any, other: Any) -> bool:
     """Whether two state dicts are the same."""
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TinyLaboratory(BackdoorSuite):
+    """The same, for command lines."""
+
+    def __init__(self) -> None:
+        super().__init__(Trainable(), {"task.a": Instant(size=3)}, schedule=QUICK, pixels=PIXELS, cache_dir="cache")

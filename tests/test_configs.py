@@ -63,8 +63,10 @@ def test_there_are_methods_and_overlays() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_method(name: str) -> None:
-    model, folder = ran("fit", "--config", name, *TINY)
+    attacked = content(name)["suite"]["class_path"].endswith(".BackdoorSuite")
+    model, folder = ran("fit", "--config", name, *TINY, *(["--suite=laboratory.TinyLaboratory"] if attacked else []))
     check_traces(model, folder)
+    assert ("backdoor" in report(folder)["extra"]) == attacked
     assert folder == Path("runs", name.removesuffix(".yaml"), "version_0")
     assert (folder / "export/merged.safetensors").is_file() == model.learnable
     assert (folder / "metrics.csv").is_file()
