@@ -71,7 +71,7 @@ class TestLazyImport:
         for name in lit_merge.__all__:
             assert getattr(lit_merge, name) is not None
         assert len(set(lit_merge.__all__)) == len(lit_merge.__all__)
-        assert dir(lit_merge) == list(lit_merge.__all__)
+        assert dir(lit_merge) == sorted(lit_merge.__all__)
 
     def test_all_lists_what_can_be_had(self) -> None:
         assert set(lit_merge.__all__) == {*lit_merge._HOMES, *lit_merge._MODULES, "__version__"}

@@ -1,7 +1,21 @@
 """Transforms of task vectors; any of them can stand before any rule."""
 
 from lit_merge.transforms.base import Transform
+from lit_merge.transforms.breadcrumbs import Breadcrumbs
+from lit_merge.transforms.consensus import Consensus
 from lit_merge.transforms.dare import Dare
+from lit_merge.transforms.doge import Doge
+from lit_merge.transforms.lines import Lines
+from lit_merge.transforms.magprune import MagPrune
 from lit_merge.transforms.ties import Ties
 
-__all__ = ("Dare", "Ties", "Transform")
+__all__ = (
+    "Breadcrumbs",
+    "Consensus",
+    "Dare",
+    "Doge",
+    "Lines",
+    "MagPrune",
+    "Ties",
+    "Transform",
+)

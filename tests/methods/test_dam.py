@@ -86,7 +86,9 @@ class Plain:
         self.module, self.suite, self.network = module, suite, suite.network().eval()
         self.base, self.experts = suite.base(), [suite.expert(task) for task in suite.tasks]
         std = torch.tensor(suite.pixels(suite.tasks[0]).std, dtype=torch.float64)[:, None, None]
-        self.low, self.high = (suite.pixels(suite.tasks[0]).values(torch.full((3, 1, 1), float(k)).double()) for k in (0, 1))
+        self.low, self.high = (
+            suite.pixels(suite.tasks[0]).values(torch.full((3, 1, 1), float(k)).double()) for k in (0, 1)
+        )
         self.std = std
 
     def logits(self, weights: Tensor, masks: Any, images: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -252,7 +254,9 @@ def test_the_objective_may_ask_for_experts() -> None:
         pieces = [x[start : start + size] for x in mask.logits]
         products, start = products + float((merged[column] * mask.recipe(column, *pieces)).sum().detach()), start + size
     assert scale == pytest.approx(products / start, rel=1e-5)
-    assert max(module.report_extra()["perturbation"]["largest"].values()) == pytest.approx(0.0375)  # three steps of a quarter of 0.05
+    assert max(module.report_extra()["perturbation"]["largest"].values()) == pytest.approx(
+        0.0375
+    )  # three steps of a quarter of 0.05
 
 
 def test_memory_is_left_out_of_the_optimizer() -> None:

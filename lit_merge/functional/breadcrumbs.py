@@ -1,0 +1,71 @@
+"""Model Breadcrumbs: drop the largest and the smallest changes of every tensor.
+
+Source: Davari and Belilovsky, Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks, section 3,
+arXiv 2312.06795.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import MergeError
+from lit_merge.functional.scopes import check_scope, flat, scopes, share
+
+__all__ = ("breadcrumbs",)
+
+
+def breadcrumbs(
+    deltas: Mapping[str, Tensor],
+    bottom: float = 0.85,
+    top: float = 0.007,
+    *,
+    per: Literal["tensor", "network"] = "tensor",
+) -> dict[str, Tensor]:
+    """Zero the entries of smallest and of largest magnitude: negligible changes and outliers.
+
+    Args:
+        deltas: Task vectors, ``(T, *shape)`` each.
+        bottom: Share of entries of smallest magnitude that are dropped, β in the paper, in [0, 1].
+        top: Share of entries of largest magnitude that are dropped, 1 − γ in the paper; mergekit's ``gamma``.
+        per: Ranks are taken in each ``tensor``, as in the paper, or over all tensors of a task (``network``).
+
+    Returns:
+        Sparse task vectors, ``(T, *shape)`` each. Of d entries ``round((1 − bottom − top) · d)`` stay, and at least
+        one: a scalar or a short bias does not vanish. What ties with the first or the last that stays, stays too.
+
+    Raises:
+        MergeError: A share is outside [0, 1], or nothing is left between them.
+
+    >>> breadcrumbs({"w": torch.tensor([[9.0, -4.0, 3.0, 0.1, -0.2]])}, bottom=0.4, top=0.2)
+    {'w': tensor([[ 0., -4.,  3.,  0.,  0.]])}
+    """
+    check_scope(per, ("tensor", "network"))
+    density = 1 - share("bottom", bottom, zero=True) - share("top", top, zero=True)
+    if density <= 0:
+        raise MergeError(f"breadcrumbs: bottom + top must be below 1, found {bottom} + {top}")
+    sparse = {}
+    for names in scopes(deltas, per):
+        tasks = len(deltas[names[0]]) if names else 0
+        bounds = [_bounds(flat(deltas, names, task), density, top) for task in range(tasks)]
+        low, high = torch.stack([x for x, _ in bounds]), torch.stack([x for _, x in bounds])
+        for name in names:
+            delta, shape = deltas[name], (-1, *[1] * (deltas[name].ndim - 1))
+            inside = (delta.abs() >= low.to(delta).reshape(shape)) & (delta.abs() <= high.to(delta).reshape(shape))
+            sparse[name] = torch.where(inside, delta, 0)
+    return {name: sparse[name] for name in deltas}
+
+
+def _bounds(values: Tensor, density: float, top: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest magnitude that stay, of a vector ``(P,)``."""
+    size = values.numel()
+    if size == 0:
+        return values.new_zeros(()), values.new_zeros(())
+    values = values.abs()
+    keep = max(1, round(density * size))
+    outliers = min(round(top * size), size - keep)
+    highest = size - outliers
+    return values.kthvalue(highest - keep + 1).values, values.kthvalue(highest).values

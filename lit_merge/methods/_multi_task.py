@@ -1,0 +1,33 @@
+"""The merged vector that other rules start from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from lit_merge.errors import MergeError
+from lit_merge.functional.scopes import wide
+from lit_merge.functional.ties import disjoint_mean_merge, ties
+
+__all__ = ("MultiTask", "check_multi_task", "multi_task_vector")
+
+MultiTask = Literal["sum", "ties"]
+
+
+def check_multi_task(rule: str) -> None:
+    """Refuse an unknown rule.
+
+    Raises:
+        MergeError: It is neither ``sum`` nor ``ties``.
+    """
+    if rule not in get_args(MultiTask):
+        raise MergeError(f"multi_task: expected sum or ties, found {rule!r}")
+
+
+def multi_task_vector(deltas: Mapping[str, Tensor], rule: MultiTask, density: float) -> dict[str, Tensor]:
+    """Return τ_MTL, ``(*shape)`` each: the sum of the task vectors, or their TIES merge with the disjoint mean."""
+    if rule == "ties":
+        return disjoint_mean_merge(ties(deltas, density))
+    return {name: wide(delta).sum(0) for name, delta in deltas.items()}

@@ -1,0 +1,59 @@
+"""What data-free methods on task matrices share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_merge.functional.matrices import MatrixPolicy, Others
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("OnMatrices",)
+
+
+class OnMatrices(MergeModule):
+    """θ = θ0 + α τ, where τ comes from decompositions of the task matrices.
+
+    τ is made once per bank and kept (one model in float32), because evaluation, report and export all ask for it.
+
+    Args:
+        scale: The coefficient α of everything, matrices or not.
+        others: How tensors that are not matrices are merged: ``mean``, ``sum`` or ``base``.
+        convolutions: Kernels are matrices ``(out, in · k · k)`` too.
+        exclude: Names or patterns of matrices that are treated as others.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Raises:
+        MergeError: A value is out of range.
+    """
+
+    def __init__(
+        self,
+        scale: float = 1.0,
+        others: Others = "mean",
+        convolutions: bool = False,
+        exclude: Sequence[str] = (),
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        self.scale = scale
+        self.policy = MatrixPolicy(others, convolutions, tuple(exclude) if not isinstance(exclude, str) else exclude)
+        self._made: tuple[TaskVectors, torch.device, dict[str, Tensor]] | None = None
+
+    @abstractmethod
+    def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the merged task vector, ``(*shape)`` each, for task vectors ``(T, *shape)``, without α."""
+
+    @torch.no_grad()
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + α τ."""
+        device = next(iter(bank.base.values())).device
+        if self._made is None or self._made[0] is not bank or self._made[1] != device:
+            with torch.autocast(device.type, enabled=False):
+                self._made = (bank, device, self.combine(bank.deltas))
+        return bank.offset(self._made[2], self.scale)

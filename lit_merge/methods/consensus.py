@@ -1,0 +1,54 @@
+"""Consensus merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_merge.functional.consensus import consensus_merge
+from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("Consensus",)
+
+
+class Consensus(MergeModule):
+    """Merge only what at least two tasks need: θ = θ0 + λ · [Σ_t mask_t ≥ k] ⊙ τ_MTL.
+
+    Args:
+        scale: The coefficient λ (α in the paper, tuned there): 0.3 goes with ``sum``, 1 with ``ties``.
+        threshold: λ_t of the TALL masks, one for all tasks or one per task; tuned per task in 0.2 … 0.6 in the paper.
+        least: Number k of tasks that must need an entry; 2 is the published value.
+        multi_task: τ_MTL: ``sum`` (Consensus TA) or ``ties`` (Consensus TIES, disjoint mean).
+        density: Share of entries that TIES keeps.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Raises:
+        MergeError: A value is out of range, or there are fewer tasks than ``least``.
+
+    Source: Wang et al., Localizing Task Information, section 4, arXiv 2405.07813.
+    """
+
+    def __init__(
+        self,
+        scale: float = 0.3,
+        threshold: float | list[float] = 0.4,
+        least: int = 2,
+        multi_task: MultiTask = "sum",
+        density: float = 0.2,
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        check_multi_task(multi_task)
+        self.scale = scale
+        self.threshold = threshold
+        self.least = least
+        self.multi_task: MultiTask = multi_task
+        self.density = density
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + λ · what is left of τ_MTL; every tensor is masked alike."""
+        vector = multi_task_vector(bank.deltas, self.multi_task, self.density)
+        return bank.offset(consensus_merge(bank.deltas, self.scale, self.threshold, self.least, multi_task=vector))

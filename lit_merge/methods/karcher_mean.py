@@ -1,0 +1,65 @@
+"""Karcher mean of the experts."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lit_merge.errors import MergeError
+from lit_merge.functional.scopes import Scope
+from lit_merge.functional.spherical import karcher_mean
+from lit_merge.methods._task_weights import TaskWeights, task_weights
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("KarcherMean",)
+
+
+class KarcherMean(MergeModule):
+    """Mean of the experts on the sphere: their mean direction, with their mean length.
+
+    Args:
+        of: What has direction and length: the experts' ``weights``, as in mergekit, or the ``task_vectors``. The
+            weights of experts of one base are nearly parallel, and their Karcher mean is close to the average.
+        weights: One per task, not negative, in the order of the suite or by name; null for equal weights.
+        per: What has a direction: a ``row``, a ``tensor`` (as in mergekit) or the ``network``.
+        tolerance: Length of the last step, in radians.
+        max_steps: Most steps.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Raises:
+        MergeError: A value is out of range, or there is not one weight per task.
+
+    Source: Karcher, Comm. Pure Appl. Math. 30, 1977; mergekit's ``karcher``.
+    """
+
+    def __init__(
+        self,
+        of: Literal["weights", "task_vectors"] = "weights",
+        weights: TaskWeights = None,
+        per: Scope = "tensor",
+        tolerance: float = 1e-9,
+        max_steps: int = 100,
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        if of not in ("weights", "task_vectors"):
+            raise MergeError(f"KarcherMean.of: expected weights or task_vectors, found {of!r}")
+        self.of = of
+        self.weights = weights
+        self.per: Scope = per
+        self.tolerance = tolerance
+        self.max_steps = max_steps
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return the mean; every tensor is averaged on its own sphere."""
+        merged = karcher_mean(
+            bank.deltas,
+            task_weights(self.weights, bank.tasks),
+            base=bank.base if self.of == "weights" else None,
+            per=self.per,
+            tolerance=self.tolerance,
+            max_steps=self.max_steps,
+        )
+        return bank.offset(merged)

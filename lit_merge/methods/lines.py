@@ -1,0 +1,57 @@
+"""LiNeS after task arithmetic or TIES."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_merge.functional.lines import lines, lines_intercept
+from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("Lines",)
+
+
+class Lines(MergeModule):
+    """Scale the merged vector up with depth: θ_l = θ0_l + (α + β (l − 1)/(L − 1)) τ_MTL,l.
+
+    Before any other rule, scaling with fixed factors is the transform :class:`lit_merge.transforms.Lines`.
+
+    Args:
+        beta: What the last block has more than the first; the one number that the paper tunes.
+        alpha: Factor of the first block; null for ‖Σ_t τ_t‖ / (T ‖τ_MTL‖), as published: 1/T with ``sum``.
+        multi_task: τ_MTL: ``sum`` of the task vectors, or their ``ties`` merge with the disjoint mean.
+        density: Share of entries that TIES keeps.
+        outside: Factor of tensors outside of all blocks; null for α, as released.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Raises:
+        MergeError: A value is out of range; or, later, the network has no numbered blocks.
+
+    Source: Wang et al., LiNeS, equation 2 and section 4.2, arXiv 2410.17146.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        alpha: float | None = None,
+        multi_task: MultiTask = "sum",
+        density: float = 0.2,
+        outside: float | None = None,
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        check_multi_task(multi_task)
+        self.beta = beta
+        self.alpha = alpha
+        self.multi_task: MultiTask = multi_task
+        self.density = density
+        self.outside = outside
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + the scaled τ_MTL; tensors outside of the blocks have the factor ``outside``."""
+        vector = multi_task_vector(bank.deltas, self.multi_task, self.density)
+        alpha = lines_intercept(bank.deltas, vector) if self.alpha is None else self.alpha
+        return bank.offset(lines(vector, alpha, self.beta, outside=self.outside))

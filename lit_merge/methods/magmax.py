@@ -1,0 +1,32 @@
+"""MagMax merging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lit_merge.functional.magmax import magmax
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("MagMax",)
+
+
+class MagMax(MergeModule):
+    """Of every entry the change of largest magnitude: θ = θ0 + λ · τ_{t*}, t* = argmax_t abs(τ_t).
+
+    Args:
+        scale: The coefficient λ; 0.5 is the published value.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Source: Marczak et al., MagMax, section 4, arXiv 2407.06322.
+    """
+
+    def __init__(self, scale: float = 0.5, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
+        super().__init__(**kwargs)
+        self.scale = scale
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + λ · the largest changes; every tensor is treated alike."""
+        return bank.offset(magmax(bank.deltas), self.scale)

@@ -1,0 +1,46 @@
+"""PCB-Merging."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lit_merge.functional.pcb import PcbFormula, pcb_merge
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("Pcb",)
+
+
+class Pcb(MergeModule):
+    """Average each entry by its score in a competition within and between tasks: θ = θ0 + λ · PCB(τ_1 … τ_T).
+
+    Args:
+        density: Share r of entries per task that stay, in (0, 1].
+        scale: The coefficient λ; tuned together with r in the paper.
+        formula: The score of the ``paper``, or that of the ``released`` code, see
+            :func:`lit_merge.functional.pcb.pcb_merge`.
+        per: Statistics and ranks over the ``network``, as published, or a ``tensor``.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Source: Du et al., Parameter Competition Balancing for Model Merging, section 3, arXiv 2410.02396.
+    """
+
+    def __init__(
+        self,
+        density: float = 0.1,
+        scale: float = 1.0,
+        formula: PcbFormula = "paper",
+        per: Literal["network", "tensor"] = "network",
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        self.density = density
+        self.scale = scale
+        self.formula: PcbFormula = formula
+        self.per: Literal["network", "tensor"] = per
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + λ · PCB; every tensor takes part in one competition."""
+        return bank.offset(pcb_merge(bank.deltas, self.density, per=self.per, formula=self.formula), self.scale)

@@ -1,0 +1,46 @@
+"""SCE merging."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lit_merge.functional.sce import sce_merge
+from lit_merge.module import MergeModule
+from lit_merge.task_vectors import TaskVectors
+
+__all__ = ("Sce",)
+
+
+class Sce(MergeModule):
+    """Select by variance, calculate coefficients by energy, erase the minority: θ = θ0 + λ · SCE(τ_1 … τ_T).
+
+    Args:
+        density: Share of entries of largest variance that are merged, in (0, 1]; mergekit's ``select_topk`` is 1.
+        scale: The coefficient λ; the paper has none.
+        per: Selection and coefficients of each ``tensor``, as published, or of the ``network``.
+        renormalize: Divide by the coefficients that were not erased, as mergekit does and the paper does not.
+        **kwargs: See :class:`~lit_merge.MergeModule`.
+
+    Source: Wan et al., FuseChat, section 3.3, arXiv 2408.07990.
+    """
+
+    def __init__(
+        self,
+        density: float = 0.1,
+        scale: float = 1.0,
+        per: Literal["tensor", "network"] = "tensor",
+        renormalize: bool = False,
+        **kwargs: Any,  # noqa: ANN401 - passed on to the base class
+    ) -> None:
+        super().__init__(**kwargs)
+        self.density = density
+        self.scale = scale
+        self.per: Literal["tensor", "network"] = per
+        self.renormalize = renormalize
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        """Return θ0 + λ · SCE; every tensor is treated alike."""
+        merged = sce_merge(bank.deltas, self.density, per=self.per, renormalize=self.renormalize)
+        return bank.offset(merged, self.scale)

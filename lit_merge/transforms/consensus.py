@@ -1,0 +1,39 @@
+"""The consensus mask as a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lit_merge.functional.consensus import consensus_mask
+from lit_merge.transforms.base import Transform
+
+__all__ = ("Consensus",)
+
+
+class Consensus(Transform):
+    """Zero the entries that fewer than ``least`` tasks need, in all task vectors.
+
+    Before :class:`~lit_merge.TaskArithmetic` this is Consensus TA; before :class:`~lit_merge.AdaMerging` its
+    coefficients are learned. All tensors are treated alike.
+
+    Args:
+        threshold: λ_t of the TALL masks, one for all tasks or one per task.
+        least: Number of tasks that must need an entry.
+
+    Source: Wang et al., arXiv 2405.07813; see :func:`lit_merge.functional.consensus.consensus_mask`.
+
+    >>> Consensus()
+    Consensus(least=2, threshold=0.4)
+    """
+
+    def __init__(self, threshold: float | list[float] = 0.4, least: int = 2) -> None:
+        self.threshold = threshold
+        self.least = least
+
+    def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return masked task vectors, ``(T, *shape)`` each."""
+        masks = consensus_mask(deltas, self.threshold, self.least)
+        return {name: torch.where(masks[name], delta, 0) for name, delta in deltas.items()}

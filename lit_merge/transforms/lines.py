@@ -1,0 +1,36 @@
+"""LiNeS as a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lit_merge.functional.lines import lines
+from lit_merge.transforms.base import Transform
+
+__all__ = ("Lines",)
+
+
+class Lines(Transform):
+    """Scale every task vector up with depth; before a linear rule this scales the merged vector.
+
+    Args:
+        alpha: Factor of the first block, and of tensors outside of all blocks.
+        beta: What the last block has more.
+        outside: Factor of tensors outside of all blocks; by default ``alpha``.
+
+    Source: Wang et al., arXiv 2410.17146; see :func:`lit_merge.functional.lines.lines`.
+
+    >>> Lines(0.125, 0.5)
+    Lines(alpha=0.125, beta=0.5, outside=None)
+    """
+
+    def __init__(self, alpha: float = 0.5, beta: float = 0.5, outside: float | None = None) -> None:
+        self.alpha = alpha
+        self.beta = beta
+        self.outside = outside
+
+    def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return scaled task vectors, ``(T, *shape)`` each."""
+        return lines(deltas, self.alpha, self.beta, outside=self.outside)
