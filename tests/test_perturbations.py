@@ -145,7 +145,8 @@ def test_adamerging_climbs_then_descends_under_the_perturbation(most: int | None
 
     def shaken(x: Tensor, delta: Tensor) -> Tensor:
         low, high = (scale.values(torch.full((3, 1, 1), float(level))) for level in (0, 1))
-        return (x + delta / scale.std[0]).maximum(low.minimum(x)).minimum(high.maximum(x))
+        found: Tensor = (x + delta / scale.std[0]).maximum(low.minimum(x)).minimum(high.maximum(x))
+        return found
 
     for batch in record.seen:
         at = coefficients.clone().requires_grad_()
