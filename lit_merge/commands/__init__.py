@@ -10,6 +10,7 @@ __all__ = ("COMMANDS", "run_command", "run_functions")
 
 COMMANDS = {
     "finetune": "fine-tune an expert on one task of a suite",
+    "audit": "look for backdoors in the experts of a suite before they are merged",
     "suite": "list, show and check the suites that come with lit-merge",
     "convert": "turn a pickled checkpoint into safetensors without executing it",
     "compare": "put the report of a run beside published numbers",
