@@ -9,7 +9,7 @@ __all__ = ("find", "names")
 
 
 def find(name: str) -> Path | None:
-    """Return the path of a bundled config, or ``None``.
+    r"""Return the path of a bundled config, or ``None``.
 
     Args:
         name: Its name, with or without ``.yaml``; overlays have a folder, as in ``suites/NAME.yaml``.
@@ -18,7 +18,11 @@ def find(name: str) -> Path | None:
     'adamerging.yaml'
     >>> find("nothing") is None
     True
+    >>> find("model:\n  class_path: Ties\n" * 100) is None  # a config, not its name
+    True
     """
+    if "\n" in name:
+        return None
     root = resources.files(__name__)
     for candidate in (name, f"{name}.yaml"):
         if candidate.endswith(".yaml") and (path := root.joinpath(candidate)).is_file():

@@ -20,7 +20,7 @@ class BundledConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401
         """Parse a config; a file in the current folder wins over a bundled one."""
-        if isinstance(values, str) and not Path(values).exists():
+        if isinstance(values, str) and not _exists(values):
             found = configs.find(values)
             if found is None and "\n" not in values and "{" not in values:
                 parser.error(f"--config: no file {values!r}, and no bundled config of that name{hint_config(values)}")
@@ -31,6 +31,13 @@ class BundledConfigFile(ActionConfigFile):
             except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
                 parser.error(f"--config: {values}: not a YAML file ({' '.join(str(error).split())})")
         super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # a config that is given in place is too long for a name
+        return False
 
 
 def hint_config(name: str) -> str:
