@@ -111,7 +111,7 @@ class DataFreeModule(MergeModule):
                 raise MergeError(f"{type(self).__name__}.{name}: expected {choices}, found {value!r}")
         self.automatic_optimization = False
         self.layers: LayerChoice = layers
-        self.exclude = tuple(exclude)
+        self.exclude = exclude if isinstance(exclude, str) else tuple(exclude)  # a word is refused later
         self.others: Others = others
         self._problems: list[list[tuple[slice, LayerProblem]]] = []
 
@@ -232,20 +232,23 @@ class DataFreeModule(MergeModule):
             plateau = isinstance(scheduler, ReduceLROnPlateau)
             scheduler.step(*[self.trainer.callback_metrics[scheduler.monitor]] if plateau else [])
 
-    def on_train_end(self) -> None:
-        """Forget what was precomputed, and leave all ranks with the same weights, whatever their devices are.
+    def on_train_epoch_end(self) -> None:
+        """Leave all ranks with the same weights, whatever their devices are, before any callback exports them.
 
         Raises:
             MergeError: What was learned is not finite.
         """
-        self._problems = []
-        for key, parameter in self.values.items():
+        for parameter in self.values.values() if self.trainer.world_size > 1 else ():
+            torch.distributed.broadcast(parameter.detach(), src=0)
+        for key, parameter in self.values.items():  # after, so that no rank waits for one that stops here
             if not bool(torch.isfinite(parameter).all()):
                 raise MergeError(
                     f"{type(self).__name__}: layers of shape {key} are not finite; lower the learning rate"
                 )
-            if self.trainer.world_size > 1:
-                torch.distributed.broadcast(parameter.detach(), src=0)
+
+    def on_train_end(self) -> None:
+        """Forget what was precomputed."""
+        self._problems = []
 
     def report_extra(self) -> dict[str, Any]:
         """Return plain data for ``extra`` of the report."""

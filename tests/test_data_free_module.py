@@ -4,6 +4,7 @@ import signal
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -19,7 +20,7 @@ from toys import ToySuite
 
 from lit_merge import MergeError, MergeTrainer, TaskDataModule
 from lit_merge import functional as F
-from lit_merge.callbacks import ResumePoint
+from lit_merge.callbacks import ExportMerge, ResumePoint
 from lit_merge.data_free_module import DataFreeModule
 from lit_merge.functional.doge import doge
 from lit_merge.functional.layer_problem import LayerProblem
@@ -124,6 +125,7 @@ def test_half_precision_changes_nothing() -> None:
     ("make", "message"),
     [
         (lambda suite: Wudi(suite=suite, layers="all"), "Wudi.layers: expected blocks or matrices, found 'all'"),
+        (lambda suite: Wudi(suite=suite, exclude="embed").configure_model(), "exclude: expected a list of names"),
         (lambda suite: Wudi(suite=suite, others="keep"), "Wudi.others: expected base, mean or sum, found 'keep'"),
         (
             lambda suite: fitted(Wudi(suite=suite, optimizer=partial(torch.optim.SGD, lr=1e30)), 3),
@@ -140,6 +142,26 @@ def test_refuses_to_score_a_stream_that_it_does_not_look_at() -> None:
     suite = ToySuite()
     with pytest.raises(MergeError, match=r"data.protocol: online .* use transductive"):
         MergeTrainer(**TINY).fit(Wudi(suite=suite), datamodule=TaskDataModule(suite, protocol="online"))
+
+
+def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    module = Wudi(suite=ToySuite("vit"), optimizer=partial(torch.optim.SGD, lr=1e30))
+    with pytest.raises(MergeError, match="are not finite"):
+        fitted(module, 3, callbacks=[ExportMerge(str(tmp_path / "merged"))])
+    assert not (tmp_path / "merged").exists()
+
+
+def test_no_rank_waits_for_one_that_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Wudi(suite=ToySuite("vit"))
+    module.configure_model()
+    sent: list[Tensor] = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda value, src: sent.append(value))
+    monkeypatch.setattr(Wudi, "trainer", SimpleNamespace(world_size=2))
+    with torch.no_grad():
+        next(iter(module.values.values())).fill_(float("nan"))
+    with pytest.raises(MergeError, match="are not finite"):
+        module.on_train_epoch_end()
+    assert len(sent) == len(module.values)
 
 
 # Several ranks, and resuming -----------------------------------------------------------------------------------------

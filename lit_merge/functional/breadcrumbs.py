@@ -45,7 +45,7 @@ def breadcrumbs(
     """
     check_scope(per, ("tensor", "network"))
     density = 1 - share("bottom", bottom, zero=True) - share("top", top, zero=True)
-    if density <= 0:
+    if bottom + top >= 1:
         raise MergeError(f"breadcrumbs: bottom + top must be below 1, found {bottom} + {top}")
     sparse = {}
     for names in scopes(deltas, per):

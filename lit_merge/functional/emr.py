@@ -78,7 +78,7 @@ def emr_rescalers(
     if not own:
         return torch.ones(len(next(iter(deltas.values()))) if deltas else 0)
     whole, part = torch.stack(own).sum(0), torch.stack(kept).sum(0)
-    return torch.where(part > 0, whole / torch.where(part > 0, part, 1), 0).float()
+    return torch.where(part > 0, whole / torch.where(part > 0, part, 1), 0).to(wide(delta[:0]).dtype)
 
 
 def emr(deltas: Mapping[str, Tensor], balance: EmrBalance = "entries") -> dict[str, Tensor]:

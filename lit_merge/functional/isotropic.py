@@ -149,6 +149,11 @@ def _tail(
     if not rank:
         return Factors(matrix[:, :0], matrix[0, :0], matrix[:0])
     if rest is None:
-        return truncated_svd(matrix - common @ (common.mT @ matrix), rank, method, tolerance=tolerance)
-    u, s, vh = truncated_svd(rest.mT @ matrix, rank, method, tolerance=tolerance)
-    return Factors(rest @ u, s, vh)
+        u, s, vh = truncated_svd(matrix - common @ (common.mT @ matrix), rank, method, tolerance=tolerance)
+        u = u - common @ (common.mT @ u)  # what rounding left of them, which counts where little is left of the matrix
+    else:
+        u, s, vh = truncated_svd(rest.mT @ matrix, rank, method, tolerance=tolerance)
+        u = rest @ u
+    # relative to the task matrix: of one within the common subspace nothing but rounding is left
+    kept = (s > max(tolerance, 1e-6) * torch.linalg.matrix_norm(matrix)).to(s)
+    return Factors(u * kept, s * kept, vh * kept[:, None])

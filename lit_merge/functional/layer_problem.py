@@ -96,13 +96,15 @@ def choose_layers(
         Their names, in the order of ``deltas``.
 
     Raises:
-        MergeError: ``layers`` is unknown, or nothing is left.
+        MergeError: ``layers`` is unknown, ``exclude`` is not a list, or nothing is left.
 
     >>> choose_layers({"embed": torch.zeros(1, 4, 2), "h.0.w": torch.zeros(1, 2, 2), "h.0.b": torch.zeros(1, 2)})
     ('h.0.w',)
     """
     if layers not in get_args(LayerChoice):
         raise MergeError(f"layers: expected blocks or matrices, found {layers!r}")
+    if isinstance(exclude, str):
+        raise MergeError(f"exclude: expected a list of names or patterns, found {exclude!r}")
     chosen = tuple(
         name
         for name, delta in deltas.items()

@@ -21,7 +21,8 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
     """Read the depth of tensors off their names: 0 in the first block of a stack, 1 in the last.
 
     A block is the first number in a dotted name, and a stack all names with the same text before it, so two towers of
-    one network are counted apart. The only block of a stack has depth 0.
+    one network are counted apart. Stages that are numbered too, such as ``layer1.0`` to ``layer4.2`` of a ResNet, are
+    one stack, stage after stage. The only block of a stack has depth 0.
 
     Args:
         names: Names of the tensors.
@@ -32,12 +33,17 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
     >>> depths(["stem.weight", "h.0.w", "h.1.w", "h.2.w"])
     {'stem.weight': None, 'h.0.w': 0.0, 'h.1.w': 0.5, 'h.2.w': 1.0}
     """
-    places: dict[str, tuple[str, int] | None] = {}
+    places: dict[str, tuple[str, tuple[int, int]] | None] = {}
     for name in names:
         parts = name.split(".")
         number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-        places[name] = None if number is None else (".".join(parts[:number]), int(parts[number]))
-    blocks: dict[str, set[int]] = {}
+        if number is None:
+            places[name] = None
+            continue
+        before = ".".join(parts[:number])
+        stack = before.rstrip("0123456789")
+        places[name] = stack, (int(before[len(stack) :] or 0), int(parts[number]))
+    blocks: dict[str, set[tuple[int, int]]] = {}
     for place in places.values():
         if place is not None:
             blocks.setdefault(place[0], set()).add(place[1])

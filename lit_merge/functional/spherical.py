@@ -21,6 +21,7 @@ from lit_merge.functional.scopes import Scope, check_scope, combine, gram
 __all__ = ("Lengths", "karcher_mean", "slerp")
 
 Lengths = Literal["blend", "linear"]
+_ARC = 1.5e-6  # least sine: what rounding to float32 leaves of opposite vectors is below, and is no arc
 
 
 def slerp(
@@ -78,7 +79,7 @@ def _arc(g: Tensor, t: float, lengths: Lengths, threshold: float) -> Tensor:
     arc = torch.sin(ends * angle[:, None]) / angle.sin()[:, None]
     if lengths == "linear":
         arc = arc / norms * (ends * norms).sum(-1, keepdim=True)
-    straight = (cosine.abs() > threshold) | (angle.sin() < 1e-12)
+    straight = (cosine.abs() > threshold) | (angle.sin() < _ARC)
     return torch.where(straight[:, None], ends, arc)
 
 
@@ -133,7 +134,7 @@ def karcher_mean(
 def _centre(g: Tensor, w: Tensor, tolerance: float, max_steps: int) -> Tensor:
     """Coefficients ``(R, T)`` of the vectors in the mean, from Gram matrices ``(R, T, T)`` and weights ``(T,)``."""
     norms = g.diagonal(dim1=-2, dim2=-1).sqrt()
-    there = norms > 0
+    there = (norms > 0) & (w > 0)
     inverse = torch.where(there, 1 / norms, 0)
     units = g * inverse[:, :, None] * inverse[:, None, :]  # cosines between the experts
     start = w * there

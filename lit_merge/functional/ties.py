@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.scopes import wide
 
 __all__ = ("disjoint_mean_merge", "elect_signs", "ties", "trim")
 
@@ -108,10 +109,13 @@ def disjoint_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         deltas: Sparse task vectors, ``(T, *shape)`` each, such as :func:`ties` returns.
 
     Returns:
-        Merged task vector, ``(*shape)`` each; zero where every task is zero.
+        Merged task vector, ``(*shape)`` each, at least float32; zero where every task is zero.
 
     >>> import torch
     >>> disjoint_mean_merge({"w": torch.tensor([[5.0, 0.0, 0.0], [3.0, 6.0, 0.0]])})
     {'w': tensor([4., 6., 0.])}
     """
-    return {name: delta.sum(0) / (delta != 0).sum(0).clamp(min=1) for name, delta in deltas.items()}
+    return {
+        name: delta.sum(0, dtype=wide(delta[:0]).dtype) / (delta != 0).sum(0).clamp(min=1)
+        for name, delta in deltas.items()
+    }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_merge.functional.decompositions import Factors, truncated_svd
 from lit_merge.functional.matrices import MatrixPolicy
+from lit_merge.functional.scopes import wide
 from lit_merge.functional.tsv import Decompose, kept_rank
 
 __all__ = ("compressed_bytes", "tsv_compress", "tsv_restore")
@@ -66,7 +67,7 @@ def tsv_compress(
 def tsv_restore(
     compressed: Mapping[str, Factors | Tensor], shapes: Mapping[str, torch.Size], task: int
 ) -> dict[str, Tensor]:
-    """Return the task vector of one task, ``(*shape)`` each.
+    """Return the task vector of one task, ``(*shape)`` each; products of factors at least in float32.
 
     Args:
         compressed: What :func:`tsv_compress` returned.
@@ -79,7 +80,7 @@ def tsv_restore(
     """
     result = {}
     for name, value in compressed.items():
-        whole = Factors(*(part[task] for part in value)).dense() if isinstance(value, Factors) else value[task]
+        whole = Factors(*(wide(p[task]) for p in value)).dense() if isinstance(value, Factors) else value[task]
         result[name] = whole.reshape(shapes[name])
     return result
 

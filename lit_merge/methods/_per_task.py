@@ -19,7 +19,8 @@ class PerTaskModule(MergeModule):
     """A merge that stores one network and a small modulator per task, and runs as T networks.
 
     Scores, predictions and :meth:`forward` are those of the task's own network, so they assume that the task of
-    every image is known; compare them with other compressions of T experts, not with merges into one network. What
+    every image is known; compare them with other compressions of T experts, not with merges into one network. Running
+    statistics are those of the task's expert, whatever ``buffers`` says of the stored network. What
     :meth:`export` writes is the stored network without modulators, and an unseen task is scored on it;
     :meth:`task_state` gives the network of a task.
     """
@@ -39,12 +40,14 @@ class PerTaskModule(MergeModule):
         """
         if task not in self.bank.tasks:
             return self.merged_state()
-        return self.complete(self.bank.offset(self.task_vector(self.bank, self.bank.tasks.index(task))))
+        state = self.bank.complete(self.bank.offset(self.task_vector(self.bank, self.bank.tasks.index(task))))
+        own = self.bank.expert(task)  # statistics of other networks, averaged or measured, would not fit this one
+        return {name: own[name] if name in self.skeleton.buffers_of else value for name, value in state.items()}
 
     def report_extra(self) -> dict[str, Any]:
         """Say that T networks were scored, and how large what makes them is."""
         entries, tasks = sum(self.bank.sizes), len(self.bank.tasks)
-        return {"networks": tasks, "task_identity": "known", "modulator_bytes": tasks * (entries + 7) // 8 + 4 * tasks}
+        return {"networks": tasks, "task_identity": "known", "modulator_bytes": tasks * ((entries + 7) // 8 + 4)}
 
     def forward(self, images: Tensor, task: str) -> Tensor:
         """Return the logits of a task's network: images ``(B, C, H, W)`` to ``(B, classes)``."""

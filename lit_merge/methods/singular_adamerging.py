@@ -131,11 +131,19 @@ class SingularAdaMerging(MergeModule):
 
     def coefficient_table(self) -> Tensor:
         """Coefficients per task and tensor, ``(T, L)``: of matrices the mean over the blocks."""
-        columns = dict(zip(self.matrices, self.coefficients.detach().mean(-1).unbind(1), strict=True))
+        means = torch.stack([part.mean(-1) for part in self._used()], 1).unbind(1) if self.matrices else ()
+        columns = dict(zip(self.matrices, means, strict=True))
         columns |= dict(zip(self.others, self.other_coefficients.detach().unbind(1), strict=True))
         return torch.stack([columns[name] for name in self.bank.names], dim=1)
 
     def report_extra(self) -> dict[str, Any]:
         """Return the mean coefficient of each block, strongest first, per task."""
-        means = self.coefficients.detach().mean(1) if self.matrices else self.coefficients.detach().sum(1)
-        return {"singular_blocks": dict(zip(self.bank.tasks, means.tolist(), strict=True))}
+        used = self._used()
+        most = max((part.shape[1] for part in used), default=0)
+        means = [torch.stack([p[:, b] for p in used if p.shape[1] > b]).mean(0).tolist() for b in range(most)]
+        return {"singular_blocks": {task: [block[t] for block in means] for t, task in enumerate(self.bank.tasks)}}
+
+    def _used(self) -> list[Tensor]:
+        """Coefficients ``(T, b)`` of each matrix; one of few directions has fewer blocks than :attr:`blocks`."""
+        counts = [int(getattr(self, f"_block_{number}")[-1]) + 1 for number in range(len(self.matrices))]
+        return [self.coefficients.detach()[:, number, :count] for number, count in enumerate(counts)]

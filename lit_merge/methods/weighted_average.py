@@ -43,4 +43,5 @@ class WeightedAverage(MergeModule):
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + Σ w_t τ_t; every tensor has the same weights."""
         weights = task_weights(self.weights, bank.tasks)
-        return bank.contract(torch.tensor(normalized(weights) if self.normalize else weights))
+        weights = normalized(weights) if self.normalize else weights
+        return bank.contract(torch.tensor(weights, dtype=bank.compute_dtype))

@@ -62,7 +62,7 @@ class Doge(Transform):
         self.subspace = subspace
         self.offsets: Offsets = offsets
         self.layers: LayerChoice = layers
-        self.exclude = tuple(exclude)
+        self.exclude = exclude if isinstance(exclude, str) else tuple(exclude)  # a word is refused later
         self.others: Literal["base", "keep"] = others
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

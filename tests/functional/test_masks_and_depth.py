@@ -65,6 +65,8 @@ def test_emr_is_elect_mask_rescale(balance: Any) -> None:
         for task in range(3):
             torch.testing.assert_close(rebuilt[name][task], factors[task] * agrees[task] * unified[name])
     torch.testing.assert_close(factors, own / kept)
+    double = {name: value.double() for name, value in some.items()}
+    assert emr_rescalers(double, emr_unified(double), balance).dtype == torch.float64
     for task in range(3):  # the mean magnitude of the expert comes back
         if balance == "entries":
             sums = [sum(float(x[task].abs().sum()) for x in y.values()) for y in (some, rebuilt)]
@@ -87,6 +89,11 @@ def test_depth_is_counted_in_each_stack() -> None:
     names = ["conv.weight", "a.h.0.w", "a.h.10.w", "a.h.2.mlp.0.w", "b.h.0.w", "b.h.1.w", "one.3.w"]
     assert list(depths(names).values()) == [None, 0.0, 1.0, 0.5, 0.0, 1.0, 0.0]
     assert depths(names[::-1]) == depths(names)
+
+
+def test_numbered_stages_are_one_stack() -> None:
+    names = ["conv1.weight", "layer1.0.w", "layer1.1.w", "layer2.0.w", "layer10.0.w", "a1.h.0.w", "a2.h.0.w"]
+    assert list(depths(names).values()) == [None, 0.0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0, 0.0, 0.0]
 
 
 def test_lines_by_hand() -> None:

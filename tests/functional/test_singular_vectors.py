@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge import MergeError
+from lit_merge.functional.decompositions import Factors
 from lit_merge.functional.isotropic import common_rank, iso_c, iso_cts
 from lit_merge.functional.knots import align, knots
 from lit_merge.functional.matrices import MatrixPolicy, Others
@@ -120,6 +121,14 @@ class TestCompress:
                 torch.testing.assert_close((flat - back).norm(), best)
         assert compressed_bytes(compressed) == 4 * 4 * (4 * (24 + 16 + 1) + 24 + 2 * (8 + 18 + 1))
 
+    def test_half_precision_is_multiplied_in_full(self) -> None:
+        compressed = tsv_compress({"w": random(2, 24, 16)}, fraction=0.2, dtype=torch.bfloat16)
+        factors = compressed["w"]
+        assert isinstance(factors, Factors)
+        u, s, vh = (part[1].float() for part in factors)
+        found = tsv_restore(compressed, {"w": torch.Size([24, 16])}, 1)["w"]
+        torch.testing.assert_close(found, (u * s) @ vh)
+
     def test_never_takes_more_than_the_matrices(self) -> None:
         pair = {"w": random(2, 10, 10)}
         assert compressed_bytes(tsv_compress(pair)) == pair["w"].nbytes  # 5 · 21 numbers instead of 100
@@ -153,6 +162,14 @@ class TestIsotropic:
         assert relative(iso_cts({"w": tasks.float()}, common=common)["w"].double(), expected) < 1e-4
         if common == 1:
             torch.testing.assert_close(iso_cts({"w": tasks}, common=common)["w"], iso_c({"w": tasks})["w"])
+
+    @pytest.mark.parametrize("shape", [(40, 20), (20, 40)])
+    def test_iso_cts_does_not_take_rounding_for_directions(self, shape: tuple[int, int]) -> None:
+        low = torch.stack([random(shape[0], 2, seed=t) @ random(2, shape[1], seed=9 + t) for t in range(4)])
+        merged = iso_cts({"w": low})["w"]  # what the common subspace leaves of a task is rounding
+        s = torch.linalg.svdvals(merged)
+        torch.testing.assert_close(s, s[0] * (torch.arange(20) < 8), rtol=1e-4, atol=1e-4 * float(s[0]))
+        torch.testing.assert_close(merged, iso_c({"w": low})["w"], rtol=1e-3, atol=1e-4)
 
     def test_more_tasks_than_directions(self) -> None:
         assert common_rank(4, 3, 5, 0.0) == (3, 0)
@@ -208,6 +225,11 @@ class TestPolicy:
         kernel = random(3, 6, 2, 3, 3)
         found = rule({"k": kernel}, policy=MatrixPolicy(convolutions=True))["k"]
         torch.testing.assert_close(found.flatten(1), rule({"k": kernel.flatten(2)})["k"])
+
+    @pytest.mark.parametrize("rule", [mean_merge, sum_merge, disjoint_mean_merge])
+    def test_sums_are_not_rounded_to_half_precision(self, rule: Rule) -> None:
+        half = {"w": random(5, 9).bfloat16()}
+        torch.testing.assert_close(rule(half)["w"], rule({"w": half["w"].float()})["w"])
 
     def test_half_precision_is_computed_in_full(self) -> None:
         half = {"w": random(3, 10, 6).bfloat16(), "b": random(3, 5).bfloat16()}

@@ -178,6 +178,7 @@ def test_nothing_breaks_at_the_edges(per: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: breadcrumbs(deltas(), 0.7, 0.3), r"bottom \+ top must be below 1, found 0.7 \+ 0.3"),
         (lambda: breadcrumbs(deltas(), 0.9, 0.1), r"bottom \+ top must be below 1, found 0.9 \+ 0.1"),
         (lambda: breadcrumbs(deltas(), -0.1), r"bottom: expected a share in \[0, 1\], found -0.1"),
         (lambda: breadcrumbs(deltas(), per="row"), "per: expected tensor or network, found 'row'"),  # type: ignore[arg-type]

@@ -49,6 +49,18 @@ def test_slerp_without_an_arc_is_linear(angle: float) -> None:
     assert float(exact.norm()) == pytest.approx(3.0 if angle == 1 else float(slerp(ends, 0.25)["w"].norm()))
 
 
+@pytest.mark.parametrize("lengths", ["blend", "linear"])
+def test_rounding_does_not_open_an_arc_between_opposite_vectors(lengths: Any) -> None:
+    a = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    for vector in a:
+        pair = torch.stack([vector, -0.7 * vector])  # the cosine is −1 + 1e-16 or so
+        torch.testing.assert_close(slerp({"w": pair}, lengths=lengths, threshold=1.0)["w"], pair.mean(0))
+
+
+def test_an_expert_without_weight_does_not_decide_on_the_direction() -> None:
+    torch.testing.assert_close(karcher_mean(circle(0, 60, 180), [1, 1, 0])["w"], circle(30)["w"][0])
+
+
 @pytest.mark.parametrize("per", ["row", "tensor", "network"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_karcher_mean_of_two_is_slerp(per: Any, weighted: bool) -> None:

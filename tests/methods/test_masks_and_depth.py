@@ -93,6 +93,15 @@ class PerTask(MergeTester):
         assert (extra["networks"], extra["task_identity"]) == (3, "known")
         assert 3 * entries / 8 <= extra["modulator_bytes"] <= 3 * entries / 8 + 16
 
+    @pytest.mark.parametrize("buffers", ["average", "recalibrate"])
+    def test_running_statistics_are_the_experts_own(self, buffers: Any) -> None:
+        suite = ToySuite("cnn")
+        module = self.build(suite, buffers=buffers)
+        MergeTrainer(**TINY).test(module, datamodule=TaskDataModule(suite, batch_size=4), verbose=False)
+        for task in suite.tasks:
+            own, expert = module.task_state(task), suite.expert(task)  # type: ignore[operator]
+            assert all(torch.equal(own[name], expert[name]) for name in ("bn1.running_mean", "blocks.1.running_var"))
+
 
 class TestTallMasks(PerTask):
     make = TallMasks

@@ -121,6 +121,13 @@ class TestTsvCompress(MergeTester):
             images = suite.dataset(task, "test")[0][0][None]
             torch.testing.assert_close(module(images, task), module.outputs(state, task, images)[1])
 
+    def test_a_mixed_precision_evaluation_does_not_round_the_experts(self) -> None:
+        module = self.build(ToySuite("mlp"), fraction=0.2)
+        plain = module.task_state("task.a")  # type: ignore[operator]
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = module.task_state("task.a")  # type: ignore[operator]
+        assert all(torch.equal(plain[name], value) for name, value in mixed.items())
+
     def test_reports_real_bytes(self) -> None:
         module = self.build(ToySuite("mlp"), fraction=0.2, dtype="bfloat16")
         found = module.report_extra()["bytes"]

@@ -37,6 +37,12 @@ class TestWeightedAverage(MergeTester):
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name])
 
+    def test_weights_are_as_exact_as_the_network(self) -> None:
+        module = self.build(ToySuite("mlp", dtype="float64"), weights=[1.0, 1.0, 1.0])
+        for name, value in module.merge(module.bank).items():
+            expected = module.bank.base[name] + module.bank.deltas[name].mean(0)
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)
+
     @pytest.mark.parametrize("weights", [{"task.a": 1.0, "d": 1.0}, [1.0], [1.0, -1.0, 0.0]])
     def test_names_wrong_weights(self, weights: Any) -> None:
         with pytest.raises(MergeError, match=r"weights: expected (one for each of|3, one for|numbers whose sum)"):
