@@ -104,6 +104,7 @@ class AdaptationSteps(EvaluationSteps):
             classes,
             {task: batch[task].share for task in classes},
             lambda gradient: torch.as_tensor(self.trainer.strategy.reduce(gradient, reduce_op="mean")),
+            self._loss_scale(),
         )
 
     def _task_output(self, task: str, batch: UnlabelledBatch, logits: Tensor, features: Tensor) -> TaskOutput:

@@ -229,6 +229,11 @@ class MaskedMergeModule(MergeModule):
             return [{"optimizer": optimizer} for optimizer in optimizers]
         return [{"optimizer": each, "lr_scheduler": self.scheduler_factory(each)} for each in optimizers]
 
+    def overflowed(self, gradient: Tensor) -> bool:
+        """Whether half precision made a gradient that a scaler skips."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is not None and not bool(gradient.isfinite().all())
+
     def step(self, number: int, parameter: nn.Parameter, gradient: Tensor, counts: bool = True) -> None:
         """Take one step of the optimizer and one of its scheduler; then project.
 
@@ -244,7 +249,7 @@ class MaskedMergeModule(MergeModule):
             parameter.grad = gradient if scaler is None else scaler.scale(gradient)
             _listed(self.optimizers())[number].step()
         else:
-            parameter.grad = gradient if scaler is None or bool(gradient.isfinite().all()) else None
+            parameter.grad = None if self.overflowed(gradient) else gradient
             _listed(self.optimizers(use_pl_optimizer=False))[number].step()
         parameter.grad = None
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, Self, get_args
 
 import torch
@@ -47,7 +48,7 @@ class Ascent:
     box: Box = "valid"
 
     def __post_init__(self) -> None:
-        if self.epsilon is not None and not self.epsilon >= 0:
+        if self.epsilon is not None and not 0 <= self.epsilon < inf:
             raise MergeError(f"Ascent.epsilon: expected at least 0, or null for no bound, found {self.epsilon}")
         if self.steps < 0:
             raise MergeError(f"Ascent.steps: expected at least 0, found {self.steps}")
@@ -57,7 +58,7 @@ class Ascent:
             raise MergeError(f"Ascent.box: expected valid, unit or none, found {self.box!r}")
         if self.rate is None and self.epsilon is None:
             raise MergeError("Ascent.rate: expected a number, as there is no epsilon to derive it from")
-        if self.rate is not None and not self.rate > 0:
+        if self.rate is not None and not 0 < self.rate < inf:
             raise MergeError(f"Ascent.rate: expected a number above 0, found {self.rate}")
 
     @property
@@ -138,9 +139,11 @@ class UniversalPerturbations(nn.Module):
 
         Args:
             task: Whose perturbation.
-            gradient: ``(C, H, W)``, of what is to grow; the same on all ranks.
+            gradient: ``(C, H, W)``, of what is to grow; the same on all ranks. Where it is not finite, as half
+                precision may make it, it counts as 0.
         """
         number, rate = self.tasks.index(task), self.ascent.pixel_rate
+        gradient = gradient.nan_to_num(0.0, 0.0, 0.0)
         delta = self.delta(task)
         if self.ascent.direction == "sign":
             delta += rate * gradient.sign()
@@ -160,6 +163,7 @@ class UniversalPerturbations(nn.Module):
         classes: Mapping[str, Tensor],
         shares: Mapping[str, float] | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        scale: float = 1.0,
     ) -> None:
         """Take the steps of ascent on CE(f_t(x + δ_t), argmax f_t(x)): uphill is where predictions flip.
 
@@ -169,6 +173,7 @@ class UniversalPerturbations(nn.Module):
             classes: ``(B,)`` per task, what is predicted for them.
             shares: Weight of this rank in the mean over ranks, per task; see :class:`~lit_merge.data.UnlabelledBatch`.
             reduce: Mean of a gradient over ranks.
+            scale: Factor of the loss on its way back, for half precision; it does not change the result.
         """
         for _ in range(self.ascent.steps):
             with torch.enable_grad():
@@ -178,9 +183,9 @@ class UniversalPerturbations(nn.Module):
                     tf.cross_entropy(found[task].float(), classes[task]) * (1.0 if shares is None else shares[task])
                     for task in images
                 ]
-                gradients = torch.autograd.grad(torch.stack(losses).sum(), list(deltas.values()))
+                gradients = torch.autograd.grad(torch.stack(losses).sum() * scale, list(deltas.values()))
             for task, gradient in zip(images, gradients, strict=True):
-                self.ascend(task, gradient if reduce is None else reduce(gradient))
+                self.ascend(task, (gradient if reduce is None else reduce(gradient)) / scale)
 
     @torch.no_grad()
     def reset(self) -> None:

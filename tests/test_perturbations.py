@@ -78,6 +78,30 @@ def test_the_released_box_flattens_the_dark_half() -> None:
     assert torch.equal(deltas("a", x, box="none"), x)
 
 
+def test_half_precision_scales_the_loss_on_its_way_back() -> None:
+    """Confident predictions have a gradient by the logits that half precision would round to 0."""
+    x = images()
+    classes = linear(x).argmax(-1)
+
+    def half(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = linear(batch["a"])
+        return {"a": (found + 20 * tf.one_hot(classes, 3)).half()}
+
+    for scale, moved in ((1.0, False), (2.0**16, True)):
+        deltas = perturbations(Ascent(0.1))
+        deltas.climb(half, {"a": x}, {"a": classes}, scale=scale)
+        assert bool(deltas.delta("a").any()) == moved
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace() -> None:
+    for direction in ("sign", "adam"):
+        deltas = perturbations(Ascent(0.1, 1, 0.05, direction))
+        for value in (torch.nan, torch.inf, 1.0):
+            deltas.ascend("a", torch.full((3, 4, 4), value))
+        assert deltas.delta("a").isfinite().all()
+        assert (deltas.delta("a") > 0).all()
+
+
 def test_counts_flips() -> None:
     assert fooled(torch.eye(4), torch.tensor([0, 1, 0, 0])) == 0.5
 
@@ -93,6 +117,8 @@ def test_begins_again() -> None:
     ("arguments", "message"),
     [
         ({"epsilon": -1.0}, "epsilon: expected at least 0"),
+        ({"epsilon": float("inf")}, "epsilon: expected at least 0, or null for no bound, found inf"),
+        ({"rate": float("inf")}, "rate: expected a number above 0, found inf"),
         ({"epsilon": None}, "rate: expected a number, as there is no epsilon"),
         ({"steps": -1}, "steps: expected at least 0, found -1"),
         ({"rate": 0.0}, "rate: expected a number above 0"),

@@ -26,14 +26,17 @@ class Preset(NamedTuple):
     mask_rate: float
     coefficient_stage: Stage
 
-    def ascent_with(self, epsilon: float | None, steps: int | None, rate: float | None) -> Ascent:
-        """Return the ascent with what is given in place of the preset's; an infinite ``epsilon`` is no bound."""
+    def ascent_with(self, epsilon: float | None, steps: int | None, rate: float | None, box: Box) -> Ascent:
+        """Return the ascent with what is given in place of the preset's; an infinite ``epsilon`` is no bound.
+
+        The box is for climbing too if it is the valid one; the released code has none there.
+        """
         return Ascent(
             self.ascent.epsilon if epsilon is None else None if epsilon == float("inf") else epsilon,
             self.ascent.steps if steps is None else steps,
             self.ascent.rate if rate is None else rate,
             self.ascent.direction,
-            self.ascent.box,
+            "valid" if box == "valid" else "none",
         )
 
 

@@ -99,6 +99,7 @@ class ConcreteMerging(MaskedMergeModule):
     """
 
     column: Tensor
+    _unlearned = "coefficients: fixed"  # what asks for masks alone
 
     def __init__(
         self,
@@ -172,7 +173,7 @@ class ConcreteMerging(MaskedMergeModule):
         return bank.contract(self.coefficients[:, self.column], self.settled_mask())
 
     def coefficient_table(self) -> Tensor:
-        """Coefficients ``(T, L)``; the mask has mean 1, so they are also the effective scale of each tensor."""
+        """Coefficients ``(T, L)``; under a rescaled mask alone they are also the effective scale of each tensor."""
         return self.coefficients.detach()[:, self.column]
 
     # Adapting ----------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class ConcreteMerging(MaskedMergeModule):
         if self.learned and total <= self.mask_steps:
             rank_zero_warn(
                 f"{type(self).__name__}: all {total} steps belong to the mask (mask_steps: {self.mask_steps}), so the "
-                "coefficients stay as they are; fit longer, lower mask_steps, or set coefficients: fixed"
+                f"coefficients stay as they are; fit longer, lower mask_steps, or set {self._unlearned}"
             )
 
     def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
@@ -201,7 +202,7 @@ class ConcreteMerging(MaskedMergeModule):
         else:
             mask, point, rest = self.mask(self.logits, "sample", done), self.coefficients.detach(), batch
             if self.learned:
-                half, rest = split_batches(batch, 2, self.trainer.global_rank, self.trainer.world_size)
+                half, rest = self.parts(batch, 2)
                 start = (self.moved if self.stale else point).detach().requires_grad_()
                 inner, gradient = self._gradient(start, mask.detach(), start, half, seen)
                 point = self._move(gradient)
@@ -212,6 +213,10 @@ class ConcreteMerging(MaskedMergeModule):
         self.step(learning, (self.logits, self.coefficients)[learning], gradient)
         return seen.outputs(loss, batch)
 
+    def parts(self, batch: Batches, count: int) -> list[Batches]:
+        """Cut a batch into parts that do not depend on the number of ranks."""
+        return split_batches(batch, count, self.trainer.global_rank, self.trainer.world_size)
+
     def _gradient(
         self, coefficients: Tensor, mask: Mask, of: Tensor, batch: Batches, seen: Seen
     ) -> tuple[Tensor, Tensor]:
@@ -221,6 +226,8 @@ class ConcreteMerging(MaskedMergeModule):
     def _move(self, gradient: Tensor) -> Tensor:
         """λ′: one step from λ0."""
         start = self.coefficients.detach()
+        if self.overflowed(gradient):  # spoils this step, which the scaler then skips, and nothing that lasts
+            return torch.full_like(start, torch.nan)
         if self.inner_step == "adam":
             self.moved.data.copy_(start)
             self.moved.grad = gradient

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.adaptation import Batches, chunks
-from lit_merge.data.parts import split_batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, rescale_mask
 from lit_merge.functional.masked import Mask
@@ -38,13 +37,13 @@ class DAM(ConcreteMerging):
     1. moves the coefficients from λ0 to λ′ by a step on the objective (first part; masks are constants);
     2. moves each δ_t uphill on CE(f(x + δ_t), argmax f(x)) (second part; the merged network is a constant);
     3. moves M1 down the objective L_perf, then M2 down L_perf + α L_safe, where L_safe is the cross-entropy of
-       f(x + δ_t) with argmax f(x) (third part; λ′ and δ are constants).
+       f(x + δ_t) with argmax f(x) (third part; λ′ and δ are constants). M2 moves under the new M1, but L_perf's
+       gradient by the weights and argmax f(x) are those under the old one: this saves one of six encoder passes.
 
-    That is five encoder passes. The remaining steps learn the coefficients from λ0 under the final masks, on the whole
+    The remaining steps learn the coefficients from λ0 under the final masks, on the whole
     batch: on L_perf (``coefficient_stage: entropy``, which inflates a backdoor again), or on L_perf + α_λ L_safe
-    (``safe``). With ``none`` all steps are those of the masks, and the coefficients stay as they are.
-
-    A ``batch_size`` of 48 gives each part the published 16 images per task.
+    (``safe``). With ``none`` all steps are those of the masks, and the coefficients stay as they are. A ``batch_size``
+    of 48 gives each part the published 16 images per task.
 
     =====================  ===========================  ==============================================================
     argument               ``paper``                    ``released``
@@ -52,18 +51,18 @@ class DAM(ConcreteMerging):
     ``masks``              ``dual``                     ``single``: M1 alone, down L_perf + α L_safe
     ``safety``             ``consistency``              ``entropy``: of f(x + δ), however wrong
     ``alpha`` (α)          1                            0.1
-    ``epsilon``            0.05 (ours)                  null: δ is not bounded
+    ``epsilon``            0.05 (ours)                  .inf: δ is not bounded
     ``box``                ``valid``: of pixels         ``unit``: perturbed images are cut to values in [0, 1] although
                                                         they are normalised, and not at all while δ is learned
-    ``ascent_direction``   ``sign``                     ``adam``, 2.7e-5 of a pixel (1e-4 in CLIP's values)
+    ``ascent_rate``        ε / 4, by the sign           2.7e-5 of a pixel (1e-4 in CLIP's values), by Adam's rule
     ``coefficient_stage``  ``safe``                     ``entropy``
     ``mask_update``        ``normalized`` (ours)        ``adam``
     ``mask_rate``          0.005 (ours)                 0.001
     inner step, final mask: as the presets of :class:`~lit_merge.methods.ConcreteMerging`
     =====================  ===========================  ==============================================================
 
-    Memory beside the bank: two logits and, within a step, two networks; ``mask_update: adam`` needs four more for its
-    moments (two with a single mask). A checkpoint has the logits and these moments.
+    Memory beside the bank: two logits and, within a step, two networks; with ``mask_update: adam`` four more for its
+    moments (two with a single mask). A checkpoint has logits and moments.
 
     In README's laboratory the masks alone lower attack success by a few points below that of a merge of the same
     effective scale, and the safe stage does most of it. A form of ours goes down to the floor and is more accurate:
@@ -76,8 +75,8 @@ class DAM(ConcreteMerging):
         alpha: Weight of L_safe for the masks, at least 0.
         epsilon: Largest change of a pixel in [0, 1]; ``.inf`` for no bound.
         ascent_steps: Steps of δ in each step; each is an encoder pass.
-        ascent_rate: Change of a pixel by one step; by default a quarter of ``epsilon``.
-        box: What perturbed images are cut to: ``valid``, ``unit`` or ``none``.
+        ascent_rate: Change of a pixel by one step.
+        box: What perturbed images are cut to: ``valid``, also while δ is learned; ``unit`` or ``none``, not then.
         coefficient_stage: ``none``, ``entropy`` or ``safe``.
         coefficient_alpha: α_λ, weight of L_safe for the coefficients, at least 0.
         detection_start: Logits of M2 at the start; 2 keeps 88 % of each entry.
@@ -85,7 +84,8 @@ class DAM(ConcreteMerging):
         mask_rate: Learning rate of the logits.
         mask_steps: Steps of the first stage; published: 1000 of 2000.
         granularity, init, inner_step, inner_rate, stale, final_mask: See
-            :class:`~lit_merge.methods.ConcreteMerging`; with an ``inner_rate`` of 0, λ′ is λ0 and costs no pass.
+            :class:`~lit_merge.methods.ConcreteMerging`; with an ``inner_rate`` of 0, λ′ is λ0 and costs neither
+            a pass nor a part of the batch.
         **kwargs: ``temperature`` and ``mask_seed`` of :class:`~lit_merge.masked_module.MaskedMergeModule`, and those of
             :class:`~lit_merge.MergeModule`; ``optimizer`` is that of the coefficients.
 
@@ -97,6 +97,7 @@ class DAM(ConcreteMerging):
     """
 
     wide = ("logits", "detection")
+    _unlearned = "coefficient_stage: none"
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class DAM(ConcreteMerging):
         self.coefficient_alpha = coefficient_alpha
         self.detection_start = detection_start
         self.mask_update: MaskUpdate = mask_update or usual.mask_update
-        self.ascent = usual.ascent_with(epsilon, ascent_steps, ascent_rate)
+        self.ascent = usual.ascent_with(epsilon, ascent_steps, ascent_rate, self.box)
         kinds = {"masks": Masks, "safety": Safety, "box": Box, "coefficient_stage": Stage, "mask_update": MaskUpdate}
         for name, kind in kinds.items():
             self._one_of(name, getattr(self, name), get_args(kind))
@@ -215,9 +216,9 @@ class DAM(ConcreteMerging):
         if self.learned and done >= self.mask_steps:
             loss = self.coefficient_step(batch, seen)
         else:
-            inner, fresh, rest = split_batches(batch, 3, self.trainer.global_rank, self.trainer.world_size)
+            *inner, fresh, rest = self.parts(batch, 3 if self.inner_rate else 2)
             mask = self.both_masks("sample", done)
-            point = self.inner_point(mask, inner, seen)[:, self.column]
+            point = (self.inner_point(mask, inner[0], seen) if inner else self.coefficients.detach())[:, self.column]
             self.perturbation_step(point, mask, fresh, seen)
             loss = self.mask_step(point, mask, rest, seen)
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
@@ -226,9 +227,6 @@ class DAM(ConcreteMerging):
 
     def inner_point(self, mask: Mask, batch: Batches, seen: Seen) -> Tensor:
         """Return λ′ ``(T, G)``: one step from λ0 down the objective, with masks as constants."""
-        if self.inner_rate == 0:
-            seen.losses.update(dict.fromkeys(batch, torch.zeros(())))
-            return self.coefficients.detach()
         start = (self.moved if self.stale else self.coefficients).detach().requires_grad_()
         loss, gradient = self._gradient(start, mask.detach(), start, batch, seen)
         self.log("train/inner_loss", loss, batch_size=1)
@@ -322,8 +320,10 @@ class DAM(ConcreteMerging):
     def _scaled(self, gradient: Tensor) -> Tensor:
         """Divide by the root mean square of each tensor, in place, if that is the update."""
         if self.mask_update == "normalized":
-            for part in gradient.split(self.bank.sizes):
-                part /= part.square().mean().sqrt().clamp(min=torch.finfo(part.dtype).tiny)
+            tiny = torch.finfo(gradient.dtype).tiny
+            for part in filter(len, gradient.split(self.bank.sizes)):
+                part /= torch.linalg.vector_norm(part, torch.inf).clamp(min=tiny)  # small numbers' squares would be 0
+                part /= part.square().mean().sqrt().clamp(min=tiny)
         return gradient
 
     # Telling -----------------------------------------------------------------------------------------------------

@@ -67,10 +67,11 @@ class SAU(AdversarialMasking):
                 shared_adversarial_gain(own[task][1], other[task][1], found) * batch[task].share
                 for task, found in classes.items()
             ]
-            gradients = torch.autograd.grad(torch.stack(gains).sum(), list(deltas.values()))
+            scale = self._loss_scale()
+            gradients = torch.autograd.grad(torch.stack(gains).sum() * scale, list(deltas.values()))
             for task, gradient in zip(deltas, gradients, strict=True):
                 mean = self.trainer.strategy.reduce(gradient, reduce_op="mean")
-                self.perturbations.ascend(task, torch.as_tensor(mean))
+                self.perturbations.ascend(task, torch.as_tensor(mean) / scale)
 
     def adversarial_loss(self, perturbed: Tensor, classes: Tensor, reference: Tensor | None) -> Tensor:
         """Return the shared adversarial loss."""

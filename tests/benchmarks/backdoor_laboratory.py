@@ -7,8 +7,8 @@ with BadMerging-On that share trigger and target (mnist, digits). ACC is the mea
 all tasks, ASR the mean over the poisoned experts' tasks of the share of images of other classes that the trigger turns
 into the target. Among clean experts it is that of BadMerging's trigger on mnist: the floor.
 
-A merge of smaller task vectors has a lower ASR whatever it does, so each row has two controls at its own effective
-scale (the mean of λ ⊙ M over tasks and entries): task arithmetic, and where there are masks, M1 alone.
+A merge of smaller task vectors has a lower ASR whatever it does, so each learned merge has two controls at its own
+effective scale (the mean of λ ⊙ M over tasks and entries): task arithmetic, and for Concrete merging and DAM, M1 alone.
 
 Rates are ten times the published ones for masks, for about a tenth of the steps. Coefficients are learned with the
 published rate 1e-3 where the objective is entropy, which gets worse with more, and with 1e-2 where it is alignment.
@@ -171,7 +171,7 @@ def learned(lab: Laboratory, steps: int) -> dict[str, Callable[[], Row]]:
 
     ours: dict[str, Any] = {"objective": align}
     released: dict[str, Any] = {"preset": "released", "mask_rate": 1e-2, "ascent_rate": 2.7e-4}
-    hoc: dict[str, Any] = {"optimizer": adam(1e-2), "epsilon": 0.05}
+    hoc: dict[str, Any] = {"optimizer": adam(3e-2), "unit": "neuron", "alpha": 1.0}  # as in awm.yaml
 
     def post_hoc(kind: type[AWM | SAU], **options: Any) -> Row:
         module = kind(suite=suite, **hoc, **options)

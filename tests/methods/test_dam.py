@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as tf
 from kills import Case, Kill, When, check, fit, in_child, uninterrupted
 from laboratory import laboratory
+from lightning.pytorch.plugins import MixedPrecision
 from ranks import close, odd, trainer
 from testers import TINY, MergeTester
 from torch import Tensor
@@ -274,6 +275,7 @@ def test_memory_is_left_out_of_the_optimizer() -> None:
         ({"alpha": -1.0}, "DAM.alpha: expected at least 0, found -1"),
         ({"coefficient_alpha": float("nan")}, "DAM.coefficient_alpha: expected at least 0, found nan"),
         ({"epsilon": -0.1}, "Ascent.epsilon: expected at least 0"),
+        ({"epsilon": float("inf")}, "Ascent.rate: expected a number, as there is no epsilon"),
         ({"mask_rate": -1.0}, "DAM.mask_rate: expected at least 0"),
         ({"objective": PerturbationConsistency()}, "DAM.objective: it has perturbations of its own"),
     ],
@@ -281,6 +283,56 @@ def test_memory_is_left_out_of_the_optimizer() -> None:
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MergeError, match=message):
         DAM(suite=ToySuite("mlp"), **options)
+
+
+def test_a_box_of_its_own_is_that_of_the_ascent() -> None:
+    boxes: list[tuple[Any, Any, str]] = [
+        ("released", None, "none"),  # images are cut to [0, 1] only after
+        ("released", "valid", "valid"),
+        ("paper", None, "valid"),
+        ("paper", "none", "none"),
+    ]
+    for preset, box, expected in boxes:
+        assert DAM(suite=ToySuite("mlp"), preset=preset, box=box).ascent.box == expected
+
+
+class Shapes(L.Callback):
+    """Looks at what is told of each image."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, _: int) -> None:
+        for task, index in outputs["index"].items():
+            assert len(outputs["logits"][task]) == len(index) == 6
+            found = pl_module.all_outputs(pl_module.bank.base, {task: batch[task].images})[task][1]
+            assert torch.equal(found.argmax(-1), outputs["logits"][task].argmax(-1))  # init is 0
+
+
+def test_no_inner_step_leaves_no_image_out() -> None:
+    module = fitted(ToySuite("mlp"), 2, callbacks=[Shapes()], inner_rate=0.0, init=0.0, coefficient_stage="none")
+    assert torch.equal(module.moved, module.coefficients)
+
+
+def test_normalized_steps_have_one_size_however_small_the_gradient() -> None:
+    module = DAM(suite=ToySuite("mlp"))
+    module.configure_model()
+    gradient = torch.full((sum(module.bank.sizes),), 1e-25)  # its square is 0 in single precision
+    close(module._scaled(gradient), torch.ones_like(gradient))
+    assert (module._scaled(torch.zeros_like(gradient)) == 0).all()
+
+
+def test_an_overflow_of_half_precision_leaves_nothing_behind() -> None:
+    suite = ToySuite("mlp")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30)  # the first step overflows
+    module = DAM(suite=suite, preset="released", mask_steps=9)
+    data = TaskDataModule(suite, batch_size=6, steps_per_epoch=2, seed=0)
+    MergeTrainer(**TINY, plugins=MixedPrecision("16-mixed", "cpu", scaler)).fit(module, datamodule=data)
+    assert scaler.get_scale() == 2.0**10
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    assert module.logits.abs().max() > 0
+
+
+def test_says_how_to_ask_for_masks_alone() -> None:
+    with pytest.warns(UserWarning, match="or set coefficient_stage: none"):
+        fitted(ToySuite("mlp"), 1)
 
 
 def test_a_run_ends_with_accuracy_and_attack_success() -> None:
