@@ -92,6 +92,12 @@ class Laboratory:
     def arithmetic(self, scale: float) -> Row:
         return self.score(self.bank.complete(self.bank.contract(scale)))
 
+    def as_accurate(self, row: Row) -> Row:
+        """Task arithmetic of the scale beyond the best one, in steps of 0.01, whose accuracy is closest to a row's."""
+        rows = [self.arithmetic(number / 100) | {"scale": number / 100} for number in range(14, 41)]
+        best = max(range(len(rows)), key=lambda k: rows[k]["accuracy"])
+        return min(rows[best:], key=lambda found: abs(found["accuracy"] - row["accuracy"]))
+
     def row(self, module: MergeModule, seconds: float) -> Row:
         """Score a learned merge and its controls."""
         row = self.score(module.merged_state()) | {"seconds": seconds}
@@ -175,7 +181,7 @@ def learned(lab: Laboratory, steps: int) -> dict[str, Callable[[], Row]]:
 
     def post_hoc(kind: type[AWM | SAU], **options: Any) -> Row:
         module = kind(suite=suite, **hoc, **options)
-        return lab.row(module, lab.fit(module, steps))
+        return lab.row(module, lab.fit(module, 3 * steps))
 
     return {
         "AdaMerging, entropy": lambda: ada(Entropy(), 1e-3, 150),
@@ -212,6 +218,9 @@ def run(seed: int, scenarios: list[str], steps: int, only: list[str], store: Pat
         trained = learned(lab, steps)
         if not scenario.startswith("BadMerging"):
             trained = {name: make for name, make in trained.items() if name.endswith(FEW)}
+        trained["task arithmetic, as accurate as entropy"] = partial(
+            lambda lab, done: lab.as_accurate(done["AdaMerging, entropy"]), lab, done
+        )
         for name, make in {**fixed(lab), **trained}.items():
             if name not in done and (not only or any(part in name for part in only)):
                 done[name] = make()
