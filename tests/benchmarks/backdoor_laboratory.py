@@ -132,6 +132,10 @@ def adam(rate: float) -> Any:
     return partial(torch.optim.Adam, lr=rate)
 
 
+def _norm(vector: State) -> float:
+    return float(torch.stack([value.norm() for value in vector.values()]).norm())
+
+
 def fixed(lab: Laboratory) -> dict[str, Callable[[], Row]]:
     """Merges that learn nothing."""
     bank = lab.bank
@@ -140,8 +144,14 @@ def fixed(lab: Laboratory) -> dict[str, Callable[[], Row]]:
     for scale in (0.1, 0.2, 0.3, 0.5):
         rows[f"task arithmetic, {scale}"] = partial(lambda s: lab.arithmetic(s) | {"scale": s}, scale)
     kept = F.disjoint_mean_merge(F.ties(bank.deltas))
+    length, whole = (_norm(vector) for vector in (kept, F.sum_merge(bank.deltas)))
+
+    def ties(scale: float) -> Row:
+        same = scale * length / whole  # of task arithmetic that goes as far from the base
+        return lab.score(bank.complete(bank.offset(kept, scale))) | {"scale": same, "control": lab.arithmetic(same)}
+
     for scale in (0.3, 0.6):
-        rows[f"TIES, {scale}"] = partial(lambda s: lab.score(bank.complete(bank.offset(kept, s))), scale)
+        rows[f"TIES, {scale}"] = partial(ties, scale)
     return rows
 
 
