@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as tf
+from callbacks_helpers import Batches
 from ranks import close, odd, trainer
 from testers import TINY
 from torch import Tensor
@@ -136,16 +137,6 @@ def test_names_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def safe(weight: float = 0.5, **options: Any) -> WeightedSum:
     return WeightedSum([Entropy(), PerturbationConsistency(**options)], [1.0, weight])
-
-
-class Batches(L.Callback):
-    """Keeps what was shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
-        self.seen.append({task: part.images for task, part in batch.items()})
 
 
 def fitted(objective: Any, callbacks: list[L.Callback] | None = None, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import lightning as L
 import pytest
 import torch
+from callbacks_helpers import Batches
 from kills import Case, Kill, When, check, fit, in_child, uninterrupted
 from lightning.pytorch.cli import ReduceLROnPlateau
 from ranks import close, odd, trainer
@@ -55,16 +56,6 @@ def fitted(suite: Suite, steps: int, size: int = 4, callbacks: list[L.Callback] 
 
 
 # The algorithm, against plain autograd -------------------------------------------------------------------------------
-
-
-class Batches(L.Callback):
-    """Keeps what was shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
-        self.seen.append({task: part.images for task, part in batch.items()})
 
 
 def objective(

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as tf
+from callbacks_helpers import Batches
 from kills import Case, Kill, When, check, fit, in_child, uninterrupted
 from laboratory import laboratory
 from lightning.pytorch.plugins import MixedPrecision
@@ -61,16 +62,6 @@ def fitted(suite: Any, steps: int, size: int = 6, callbacks: list[L.Callback] | 
     data = TaskDataModule(suite, batch_size=size, steps_per_epoch=steps, seed=0)
     MergeTrainer(**TINY, callbacks=callbacks).fit(module, datamodule=data)
     return module
-
-
-class Batches(L.Callback):
-    """Keeps what was shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
-        self.seen.append({task: part.images for task, part in batch.items()})
 
 
 def double(suite: ToySuite) -> ToySuite:

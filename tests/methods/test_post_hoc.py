@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as tf
+from callbacks_helpers import Batches
 from kills import Case, Kill, check, fit, in_child, uninterrupted
 from laboratory import laboratory
 from ranks import close, odd, trainer
@@ -67,16 +68,6 @@ def fitted(
 
 
 # The algorithm, against plain autograd -------------------------------------------------------------------------------
-
-
-class Batches(L.Callback):
-    """Keeps what was shown."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Tensor]] = []
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, _: int) -> None:
-        self.seen.append({task: part.images for task, part in batch.items()})
 
 
 def masked(module: Any, suite: ToySuite, factors: list[Tensor] | None) -> dict[str, Tensor]:

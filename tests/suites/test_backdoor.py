@@ -14,6 +14,7 @@ import yaml
 from commands import report
 from laboratory import QUICK, Instant, Sideways, Trainable, equal, laboratory
 from safetensors import safe_open
+from torch.utils.data import TensorDataset
 from toys import ToySuite
 
 from lit_merge import configs
@@ -121,6 +122,14 @@ def test_attackers_may_share_a_trigger(tmp_path: Path) -> None:
     assert laboratory(tmp_path, attacks)._folder("task.b") != folder  # another trigger is another expert
 
 
+def without_scale() -> Trainable:
+    """Toys whose images do not tell how they come from pixels."""
+    suite = Trainable()
+    for split in suite._data.values():
+        split.update({task: TensorDataset(data.images, data.labels) for task, data in split.items()})  # type: ignore[attr-defined]
+    return suite
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -133,7 +142,7 @@ def test_attackers_may_share_a_trigger(tmp_path: Path) -> None:
             "so it must share its target 1, found 2",
         ),
         (lambda: laboratory().trigger("task.b"), "the expert of 'task.b' is clean; poisoned are task.a"),
-        (lambda: laboratory(pixels=None).trigger("task.a"), "give pixels"),
+        (lambda: laboratory(suite=without_scale(), pixels=None).trigger("task.a"), "give pixels"),
         (lambda: laboratory(suite=ToySuite("mlp")).expert("task.a"), "task 'task.a' has no train set"),
     ],
 )
