@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -185,4 +186,5 @@ def save_whole(
     """``torch.save`` under the names of the old code; ``how`` is for it."""
     with present(*extra, modeling=modeling), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the legacy format looks for source code
-        torch.save(content, Path(path), **how)
+        with patch.object(transforms.InterpolationMode, "__reduce_ex__", lambda self, _: (type(self), (self.value,))):
+            torch.save(content, Path(path), **how)  # Python 3.11.0 to 3.11.3 wrote enumerations by name, with getattr

@@ -132,8 +132,8 @@ def adam(rate: float) -> Any:
     return partial(torch.optim.Adam, lr=rate)
 
 
-def _norm(vector: State) -> float:
-    return float(torch.stack([value.norm() for value in vector.values()]).norm())
+def _product(one: State, other: State) -> float:
+    return sum(float((value * other[name]).sum()) for name, value in one.items())
 
 
 def fixed(lab: Laboratory) -> dict[str, Callable[[], Row]]:
@@ -144,10 +144,11 @@ def fixed(lab: Laboratory) -> dict[str, Callable[[], Row]]:
     for scale in (0.1, 0.2, 0.3, 0.5):
         rows[f"task arithmetic, {scale}"] = partial(lambda s: lab.arithmetic(s) | {"scale": s}, scale)
     kept = F.disjoint_mean_merge(F.ties(bank.deltas))
-    length, whole = (_norm(vector) for vector in (kept, F.sum_merge(bank.deltas)))
+    whole = F.sum_merge(bank.deltas)
+    along = _product(kept, whole) / _product(whole, whole)
 
     def ties(scale: float) -> Row:
-        same = scale * length / whole  # of task arithmetic that goes as far from the base
+        same = scale * along  # of the sum of the task vectors that is in it
         return lab.score(bank.complete(bank.offset(kept, scale))) | {"scale": same, "control": lab.arithmetic(same)}
 
     for scale in (0.3, 0.6):
