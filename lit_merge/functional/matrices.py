@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.scopes import wide
+from lit_merge.functional.layer_problem import Others, merge_other
 
 __all__ = ("MatrixPolicy", "Others", "merge_matrices")
-
-Others = Literal["mean", "sum", "base"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,7 @@ class MatrixPolicy:
 
     def merge_other(self, delta: Tensor) -> Tensor:
         """Merge a tensor ``(T, *shape)`` that is not a matrix: ``(*shape)``, at least in float32."""
-        dtype = wide(delta[:0]).dtype
-        if self.others == "base":
-            return delta.new_zeros(delta.shape[1:], dtype=dtype)
-        return delta.mean(0, dtype=dtype) if self.others == "mean" else delta.sum(0, dtype=dtype)
+        return merge_other(delta, self.others)
 
 
 def merge_matrices(

@@ -65,8 +65,8 @@ class DAM(ConcreteMerging):
     moments (two with a single mask). A checkpoint has logits and moments.
 
     In README's laboratory the masks alone lower attack success by a few points below that of a merge of the same
-    effective scale, and the safe stage does most of it. A form of ours goes down to the floor and is more accurate:
-    this class with ``objective: ExpertAlignment`` (``dam-aligned.yaml``).
+    effective scale, and the safe stage does most of it. A form of ours, this class with ``objective: ExpertAlignment``
+    (``dam-aligned.yaml``), goes much lower, and most of that is alignment's doing.
 
     Args:
         preset: ``paper`` or ``released``; the arguments that follow override it one by one.
