@@ -71,13 +71,13 @@ def diagonal_fisher(
     >>> diagonal_fisher(logits, {"w": torch.zeros(1)}, torch.tensor([[2.0], [4.0]]))
     {'w': tensor([5.0000])}
     """
-    for name, value, known in (
+    for option, given, known in (
         ("target", target, FisherTarget),
         ("squares", squares, Squares),
         ("gradients", gradients, Gradients),
     ):
-        if value not in get_args(known):
-            raise MergeError(f"{name}: expected {', '.join(get_args(known))}, found {value!r}")
+        if given not in get_args(known):
+            raise MergeError(f"{option}: expected {', '.join(get_args(known))}, found {given!r}")
     if chunk_size < 1:
         raise MergeError(f"chunk_size: expected at least 1, found {chunk_size}")
     found = {
