@@ -30,7 +30,7 @@ class Permuted(NetworkSuite):
             experts={task: dict(suite.expert(task)) for task in tasks},
             heads={task: suite.head(task) for task in tasks},
             test={task: suite.dataset(task, "test") for task in tasks},  # type: ignore[misc]
-            train=dict(suite._data["train"]),  # type: ignore[arg-type]
+            train=dict(suite._data["train"]),
             name=suite.name,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -29,7 +29,8 @@ def attended(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: T
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     ]
     scores = heads[0] @ heads[1].mT / heads[0].shape[-1] ** 0.5
-    return (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+    entered: Tensor = (scores.softmax(-1) @ heads[2]).transpose(1, 2).flatten(2)
+    return entered
 
 
 @pytest.mark.parametrize("crossed", [False, True])
@@ -199,12 +200,15 @@ def test_svc_by_the_formula() -> None:
         (lambda w: F.regmean(w, {"v": w["w"]}), "grams: v: expected the name of a tensor, such as w"),
         (lambda w: F.regmean(w, {"w": torch.eye(3)[None]}), "grams: w: expected one for each of 2 tasks, found 1"),
         (lambda w: F.regmean(w, {"w": torch.ones(2, 2, 2)}), r"expected \(n, n\).*found \(2, 2\) for \(4, 3\)"),
-        (lambda w: F.regmean(w, {}, others="all"), "others: expected base, mean or sum"),
+        (lambda w: F.regmean(w, {}, others=cast("Any", "all")), "others: expected base, mean or sum"),
         (lambda w: F.NormalEquations(2.0), r"off_diagonal: expected a factor in \[0, 1\], found 2.0"),
         (lambda w: F.NormalEquations().solve(-1), "ridge: expected at least 0, found -1"),
         (lambda w: F.svc({"w": w["w"][0]}, w, alpha=0), "alpha: expected a number above 0, found 0"),
         (lambda w: F.FisherAverage(floor=0), "floor: expected a number above 0, found 0"),
-        (lambda w: F.diagonal_fisher(toy_logits, {}, IMAGES, target="true"), "target: expected expected, sampled"),
+        (
+            lambda w: F.diagonal_fisher(toy_logits, {}, IMAGES, **{"target": "true"}),
+            "target: expected expected, sampled",
+        ),
         (lambda w: F.diagonal_fisher(toy_logits, PARAMETERS, IMAGES, target="labels"), "labels: expected one per"),
     ],
 )

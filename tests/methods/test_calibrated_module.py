@@ -43,13 +43,15 @@ def test_regmean_takes_inputs_from_the_experts_and_its_successor_from_the_merge(
 
     def solved(name: str, inputs: list[Tensor]) -> Tensor:
         weights = torch.stack([e[name] for e in experts])
-        return F.regmean({"w": weights}, {"w": torch.stack([gram(x) for x in inputs])}, 0.95, 0)["w"]
+        found: Tensor = F.regmean({"w": weights}, {"w": torch.stack([gram(x) for x in inputs])}, 0.95, 0)["w"]
+        return found
 
     def hidden(state: Any, x: Tensor) -> Tensor:
-        return (x @ state["1.weight"].mT + state["1.bias"]).tanh()
+        found: Tensor = (x @ state["1.weight"].mT + state["1.bias"]).tanh()
+        return found
 
     first = solved("1.weight", shown)
-    expected = {
+    expected: dict[type[RegMean], Tensor] = {
         RegMean: solved("3.weight", [hidden(e, x) for e, x in zip(experts, shown, strict=True)]),
         RegMeanPlusPlus: solved("3.weight", [hidden({**mean, "1.weight": first}, x) for x in shown]),
     }
