@@ -3,8 +3,8 @@
     python tests/benchmarks/calibrated_merges.py --experts 8 --output runs/calibrated-merges
     python tests/benchmarks/calibrated_merges.py --shapes small
 
-Inputs are random, with a spectrum that falls as 1 / k and 4 n of them per task, so that layers are as badly conditioned
-as those of a network. Task vectors are random. Each run is a process of its own, and makes the matrices of one layer
+The matrices G_t are those of 64 random inputs plus a diagonal, with entries that fall as 1 / k², so that layers are as
+badly conditioned as those of a network. Task vectors are random. Each run is a process of its own, and makes the matrices of one layer
 and task when they are asked for: seconds are those of the solutions alone, and the peak is the largest resident set
 beyond that of an empty process with the same task vectors.
 
@@ -47,10 +47,9 @@ def drawn(name: str, task: int, *shape: int) -> Tensor:
 
 
 def gram(name: str, task: int, n: int) -> Tensor:
-    inputs = drawn(name, task, 4 * n, n) * torch.arange(1, n + 1).pow(-1.0)
-    rotation = torch.linalg.qr(drawn(name, -1, n, n)).Q if n <= 1024 else torch.eye(n)
-    inputs = inputs @ rotation
-    return inputs.mT @ inputs / len(inputs)
+    spectrum = torch.arange(1, n + 1).pow(-2.0)
+    inputs = drawn(name, task, 64, n) * spectrum.sqrt()
+    return torch.addmm(spectrum.diag(), inputs.mT, inputs)
 
 
 def shrunk(matrix: Tensor) -> Tensor:

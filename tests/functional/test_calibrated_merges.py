@@ -206,7 +206,7 @@ def test_svc_by_the_formula() -> None:
         (lambda w: F.svc({"w": w["w"][0]}, w, alpha=0), "alpha: expected a number above 0, found 0"),
         (lambda w: F.FisherAverage(floor=0), "floor: expected a number above 0, found 0"),
         (
-            lambda w: F.diagonal_fisher(toy_logits, {}, IMAGES, **{"target": "true"}),
+            lambda w: F.diagonal_fisher(toy_logits, {}, IMAGES, target=cast("Any", "a")),
             "target: expected expected, sampled",
         ),
         (lambda w: F.diagonal_fisher(toy_logits, PARAMETERS, IMAGES, target="labels"), "labels: expected one per"),
