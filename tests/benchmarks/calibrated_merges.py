@@ -4,9 +4,8 @@
     python tests/benchmarks/calibrated_merges.py --shapes small
 
 The matrices G_t are those of 64 random inputs plus a diagonal, with entries that fall as 1 / k², so that layers are as
-badly conditioned as those of a network. Task vectors are random. Each run is a process of its own, and makes the matrices of one layer
-and task when they are asked for: seconds are those of the solutions alone, and the peak is the largest resident set
-beyond that of an empty process with the same task vectors.
+badly conditioned as those of a network. Task vectors are random. Each run is a process of its own: seconds are those of
+the solutions alone, and the peak is the largest resident set beyond that of a process that only makes the matrices.
 
 The textbook is (Σ_t G_t)⁻¹ Σ_t G_t W_tᵀ with ``torch.inverse``, all tasks' matrices of a layer in memory, in float32 as
 published, and in float64. The differences are to float64.
