@@ -247,14 +247,31 @@ class MergeModule(AdaptationSteps, ABC):
         mixed = (torch.cat([part.images.to(self.device) for part in batch.values()]) for batch in batches)
         self._measured = recalibrate_batch_norm(self.skeleton.network, state, mixed)
 
-    def prepare_evaluation(self) -> None:
-        """Recalibrate, if that is the policy for buffers."""
+    @property
+    def needs_images(self) -> bool:
+        """Whether :meth:`calibrate` needs a data module."""
+        return self.buffer_policy == "recalibrate"
+
+    def calibrate(self, datamodule: Any) -> None:  # noqa: ANN401 - any data module, or none
+        """Take from images what the merge needs of them, before it is scored or exported; on all ranks.
+
+        Args:
+            datamodule: A :class:`~lit_merge.TaskDataModule` that was set up, or ``None``.
+
+        Raises:
+            MergeError: There is none, and the policy for buffers needs one.
+        """
         if self.buffer_policy != "recalibrate":
             return
-        datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
-            raise MergeError("model.buffers: recalibrate needs a TaskDataModule to draw unlabelled images from")
+            raise MergeError(
+                "model.buffers: recalibrate needs a TaskDataModule to draw unlabelled images from; give --data"
+            )
         self.recalibrate(datamodule.adaptation_batches())
+
+    def prepare_evaluation(self) -> None:
+        """Calibrate with the images of the trainer's data module."""
+        self.calibrate(getattr(self.trainer, "datamodule", None))
 
     def forward(self, images: Tensor, task: str) -> Tensor:
         """Return the merged network's logits of one task: images ``(B, C, H, W)`` to ``(B, classes)``."""

@@ -90,7 +90,7 @@ class MergeTrainer(L.Trainer):
 
         Args:
             model: The merge.
-            datamodule: Unlabelled images, for ``buffers: recalibrate``.
+            datamodule: Unlabelled images, for ``buffers: recalibrate`` and for methods that are calibrated with them.
             ckpt_path: Checkpoint of a learned merge.
             output: Folder; by default the folder ``export`` of the run.
             format: ``safetensors``, ``hugging_face`` or ``open_clip``, see :func:`lit_merge.exporting.export_merge`.
@@ -106,8 +106,11 @@ class MergeTrainer(L.Trainer):
             _load(model, Path(ckpt_path))
         elif model.learnable and self.global_step == 0:
             raise MergeError(f"{type(model).__name__} has not learned anything yet; give --ckpt_path of its fit")
-        if model.buffer_policy == "recalibrate":
-            _recalibrate(model, datamodule)
+        if model.needs_images:
+            if datamodule is not None:
+                datamodule.prepare_data()
+                datamodule.setup("test")
+            model.calibrate(datamodule)
         folder = run_dir(self) / "export" if output is None else Path(output)
         path = export_merge(folder, self, model, format, None if ckpt_path is None else Path(ckpt_path))
         rank_zero_info(f"merged network: {path}")
@@ -118,11 +121,3 @@ def _load(model: MergeModule, path: Path) -> None:
     checkpoint = read_checkpoint(path)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
-
-
-def _recalibrate(model: MergeModule, datamodule: Any) -> None:  # noqa: ANN401
-    if datamodule is None:
-        raise MergeError("model.buffers: recalibrate needs data to draw unlabelled images from; give --data")
-    datamodule.prepare_data()
-    datamodule.setup("test")
-    model.recalibrate(datamodule.adaptation_batches())

@@ -26,6 +26,7 @@ SUITES = [name for name in configs.names() if name.startswith("suites/")]  # eac
 FINETUNE = [name for name in configs.names() if name.startswith("finetune")]  # and in tests/test_finetune_command.py
 METHODS = [name for name in configs.names() if name not in {*OVERLAYS, *SUITES, *FINETUNE}]
 PAIRS = ("slerp.yaml", "nuslerp.yaml")  # they take two experts
+IMAGES = ("fisher-merging.yaml", "regmean.yaml", "regmean-plus-plus.yaml")  # they look at training images
 KEYS = {"schema", "method", "suite", "protocol", "seed", "versions", "seconds", "peak_memory_bytes", "tasks", "mean"}
 SCORES = {"accuracy", "expert_accuracy", "base_accuracy", "normalized_accuracy"}
 
@@ -68,6 +69,7 @@ def test_method(name: str) -> None:
     more = ["--suite=laboratory.TinyLaboratory"] if attacked else []
     more += ["--suite.kind=vit"] if name.startswith("doge") else []  # it learns matrices inside of numbered blocks
     more += ["--suite.tasks=2"] if name in PAIRS else []
+    more += ["--suite.train=true"] if name in IMAGES else []
     model, folder = ran("fit", "--config", name, *TINY, *more)
     check_traces(model, folder)
     assert ("backdoor" in report(folder)["extra"]) == attacked

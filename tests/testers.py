@@ -30,6 +30,7 @@ class Permuted(NetworkSuite):
             experts={task: dict(suite.expert(task)) for task in tasks},
             heads={task: suite.head(task) for task in tasks},
             test={task: suite.dataset(task, "test") for task in tasks},  # type: ignore[misc]
+            train=dict(suite._data["train"]),
             name=suite.name,
         )
 
@@ -40,17 +41,22 @@ class MergeTester:
     Attributes:
         make: Makes the method from ``suite`` and further arguments.
         permutable: The result does not depend on the order of the tasks.
+        train: The suites have training sets.
         unit: Arguments under which a merge of one expert is that expert, if there are any.
         zero: Arguments under which a merge is the base, if there are any.
     """
 
     make: ClassVar[Make]
     permutable: ClassVar[bool] = True
+    train: ClassVar[bool] = False
     unit: ClassVar[dict[str, Any] | None] = None
     zero: ClassVar[dict[str, Any] | None] = None
 
+    def toys(self, kind: Kind, **kwargs: Any) -> ToySuite:
+        return ToySuite(kind, train=self.train, **kwargs)
+
     def build(self, suite: NetworkSuite | None = None, **kwargs: Any) -> MergeModule:
-        module = type(self).make(suite=suite or ToySuite("vit"), **kwargs)
+        module = type(self).make(suite=suite or self.toys("vit"), **kwargs)
         module.configure_model()
         return module
 
@@ -59,7 +65,7 @@ class MergeTester:
 
     def test_has_the_keys_shapes_and_dtypes_of_the_base(self) -> None:
         for kind in ("vit", "cnn", "tied"):
-            suite = ToySuite(kind)
+            suite = self.toys(kind)
             merged = self.state(suite)
             base = suite.base()
             assert merged.keys() == base.keys()
@@ -77,7 +83,7 @@ class MergeTester:
         return None
 
     def test_equals_the_reference(self) -> None:
-        suite = ToySuite("vit", dtype="float64")
+        suite = self.toys("vit", dtype="float64")
         merged, base = self.state(suite), suite.base()
         experts = [suite.expert(task) for task in suite.tasks]
         for name, value in base.items():
@@ -87,7 +93,7 @@ class MergeTester:
             torch.testing.assert_close(merged[name], expected, rtol=1e-10, atol=1e-12)
 
     def test_does_not_change_what_it_is_given(self) -> None:
-        suite = ToySuite("cnn")
+        suite = self.toys("cnn")
         before = {task: deepcopy(dict(suite.expert(task))) for task in suite.tasks}
         base = deepcopy(dict(suite.base()))
         heads = {task: deepcopy(suite.head(task).state_dict()) for task in suite.tasks}
@@ -107,7 +113,7 @@ class MergeTester:
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_does_not_depend_on_the_order_of_tasks(self) -> None:
-        suite = ToySuite("cnn")
+        suite = self.toys("cnn")
         first, second = self.state(suite), self.state(Permuted(suite))
         equal = all(torch.allclose(first[name].double(), second[name].double(), atol=1e-6) for name in first)
         assert equal is self.permutable
@@ -115,39 +121,39 @@ class MergeTester:
     def test_zero_gives_the_base(self) -> None:
         if self.zero is None:
             pytest.skip("there are no such arguments")
-        suite = ToySuite("tied")
+        suite = self.toys("tied")
         merged = self.state(suite, **self.zero)
         assert all(torch.equal(merged[name], value) for name, value in suite.base().items())
 
     def test_one_expert_gives_that_expert(self) -> None:
         if self.unit is None:
             pytest.skip("there are no such arguments")
-        suite = ToySuite("cnn", tasks=1)
+        suite = self.toys("cnn", tasks=1)
         merged = self.state(suite, **self.unit)
         for name, value in suite.expert(suite.tasks[0]).items():
             torch.testing.assert_close(merged[name], value)
 
     def test_survives_copy_and_pickle(self) -> None:
-        module = self.build(ToySuite("tied"))
+        module = self.build(self.toys("tied"))
         state = module.merged_state()
         for other in (deepcopy(module), pickle.loads(pickle.dumps(module))):
             again = other.merged_state()
             assert all(torch.equal(state[name], again[name]) for name in state)
 
     def test_works_in_half_precision_weights(self) -> None:
-        suite = ToySuite("mlp", dtype="bfloat16")
+        suite = self.toys("mlp", dtype="bfloat16")
         assert all(value.dtype == torch.bfloat16 for value in self.state(suite).values())
 
     def test_a_transform_can_stand_before_it(self) -> None:
         plain, negated = self.state(), self.state(transforms=[Negate()])
-        base = ToySuite("vit").base()
+        base = self.toys("vit").base()
         changed = [name for name, value in plain.items() if not torch.allclose(negated[name], value)]
         assert changed, "the transform did not reach the rule"
         if self.reference(base[changed[0]], plain[changed[0]][None]) is not None:  # odd rules answer with the opposite
             assert all(torch.allclose(negated[n] - base[n], base[n] - plain[n], atol=1e-5) for n in base)
 
     def test_checkpoint_is_small_and_comes_back(self, tmp_path: Path) -> None:
-        suite = ToySuite("vit")
+        suite = self.toys("vit")
         module = type(self).make(suite=suite)
         if not module.learnable:
             module.configure_model()

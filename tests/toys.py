@@ -109,6 +109,7 @@ class ToySuite(NetworkSuite):
         changed: bool = False,
         dtype: str = "float32",
         heads: int = 0,
+        train: bool = False,
     ) -> None:
         base = network(kind, seed).to(getattr(torch, dtype)).eval()
         names = [f"task.{chr(97 + t)}" for t in range(tasks)]  # a dot in a name must not matter
@@ -120,10 +121,12 @@ class ToySuite(NetworkSuite):
             torch.manual_seed(seed + heads)
             made = {name: CosineHead(torch.randn(3 + t, width), scale=5.0) for t, name in enumerate(names)}
         test = {name: ToyData(21 + 6 * t, 3 + t, seed + t) for t, name in enumerate(names)}
+        more = {name: ToyData(11 + 2 * t, 3 + t, seed + 50 + t) for t, name in enumerate(names)}
         super().__init__(
             network=base,
             experts=experts,  # type: ignore[arg-type]
             heads={name: head.to(getattr(torch, dtype)) for name, head in made.items()},
             test=test,  # type: ignore[arg-type]
+            train=more if train else None,  # type: ignore[arg-type]
             name="toys",
         )

@@ -11,21 +11,26 @@ from lit_merge.functional.consensus import consensus_mask, consensus_merge, tall
 from lit_merge.functional.dare import dare
 from lit_merge.functional.decompositions import Factors, left_basis, polar, randomized_error_bound, truncated_svd
 from lit_merge.functional.della import elected_mean_merge, magprune
+from lit_merge.functional.diagonal_fisher import diagonal_fisher
 from lit_merge.functional.doge import doge, shared_basis, task_aware_coefficients
 from lit_merge.functional.emr import emr, emr_rescalers, emr_unified
+from lit_merge.functional.fisher_merge import FisherAverage, fisher_merge
 from lit_merge.functional.isotropic import common_rank, iso_c, iso_cts
 from lit_merge.functional.knots import align, knots
 from lit_merge.functional.layer_problem import LayerProblem
 from lit_merge.functional.leaf_gradient import leaf_loss
+from lit_merge.functional.linear_inputs import LinearInputs
 from lit_merge.functional.lines import lines, lines_intercept
 from lit_merge.functional.magmax import magmax
 from lit_merge.functional.masked import Mask
 from lit_merge.functional.matrices import MatrixPolicy, merge_matrices
 from lit_merge.functional.model_stock import model_stock
 from lit_merge.functional.pcb import pcb_merge
+from lit_merge.functional.regmean import NormalEquations, regmean
 from lit_merge.functional.sce import sce_merge
 from lit_merge.functional.spherical import karcher_mean, slerp
 from lit_merge.functional.sums import mean_merge, sum_merge
+from lit_merge.functional.svc import calibration_factors, svc
 from lit_merge.functional.ties import disjoint_mean_merge, elect_signs, ties, trim
 from lit_merge.functional.tsv import (
     Decompose,
@@ -44,12 +49,16 @@ from lit_merge.functional.wudi import wudi
 __all__ = (
     "Decompose",
     "Factors",
+    "FisherAverage",
     "LayerProblem",
+    "LinearInputs",
     "Mask",
     "MatrixPolicy",
+    "NormalEquations",
     "TsvFacts",
     "align",
     "breadcrumbs",
+    "calibration_factors",
     "common_rank",
     "compressed_bytes",
     "concrete_merge",
@@ -57,6 +66,7 @@ __all__ = (
     "consensus_mask",
     "consensus_merge",
     "dare",
+    "diagonal_fisher",
     "disjoint_mean_merge",
     "doge",
     "elect_signs",
@@ -65,6 +75,7 @@ __all__ = (
     "emr_rescalers",
     "emr_unified",
     "final_mask",
+    "fisher_merge",
     "iso_c",
     "iso_cts",
     "karcher_mean",
@@ -84,12 +95,14 @@ __all__ = (
     "polar",
     "randomized_error_bound",
     "recalibrate_batch_norm",
+    "regmean",
     "rescale_mask",
     "sce_merge",
     "shared_basis",
     "singular_task_interference",
     "slerp",
     "sum_merge",
+    "svc",
     "tall_masks",
     "task_aware_coefficients",
     "task_overlap",

@@ -10,6 +10,7 @@ from lit_merge.methods.dare import Dare
 from lit_merge.methods.della import Della
 from lit_merge.methods.doge import Doge
 from lit_merge.methods.emr import Emr
+from lit_merge.methods.fisher_merging import FisherMerging
 from lit_merge.methods.iso_c import IsoC
 from lit_merge.methods.iso_cts import IsoCts
 from lit_merge.methods.karcher_mean import KarcherMean
@@ -19,11 +20,14 @@ from lit_merge.methods.magmax import MagMax
 from lit_merge.methods.model_stock import ModelStock
 from lit_merge.methods.nuslerp import NuSlerp
 from lit_merge.methods.pcb import Pcb
+from lit_merge.methods.regmean import RegMean
+from lit_merge.methods.regmean_plus_plus import RegMeanPlusPlus
 from lit_merge.methods.sau import SAU
 from lit_merge.methods.sce import Sce
 from lit_merge.methods.simple_average import SimpleAverage
 from lit_merge.methods.singular_adamerging import SingularAdaMerging
 from lit_merge.methods.slerp import Slerp
+from lit_merge.methods.svc import Svc
 from lit_merge.methods.tall_masks import TallMasks
 from lit_merge.methods.task_arithmetic import TaskArithmetic
 from lit_merge.methods.ties import Ties
@@ -44,6 +48,7 @@ __all__ = (
     "Della",
     "Doge",
     "Emr",
+    "FisherMerging",
     "IsoC",
     "IsoCts",
     "KarcherMean",
@@ -53,10 +58,13 @@ __all__ = (
     "ModelStock",
     "NuSlerp",
     "Pcb",
+    "RegMean",
+    "RegMeanPlusPlus",
     "Sce",
     "SimpleAverage",
     "SingularAdaMerging",
     "Slerp",
+    "Svc",
     "TallMasks",
     "TaskArithmetic",
     "Ties",
