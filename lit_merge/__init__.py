@@ -73,6 +73,7 @@ _HOMES = {
     "TsvMerge": "lit_merge.methods",
     "WeightedAverage": "lit_merge.methods",
     "WeightedSum": "lit_merge.objectives",
+    "WeightsSuite": "lit_merge.suites",
     "Wudi": "lit_merge.methods",
     "main": "lit_merge.cli",
 }
@@ -137,6 +138,7 @@ __all__ = (
     "TsvMerge",
     "WeightedAverage",
     "WeightedSum",
+    "WeightsSuite",
     "Wudi",
     "__version__",
     "attacks",
@@ -203,7 +205,7 @@ if TYPE_CHECKING:
         PerturbationConsistency,
         WeightedSum,
     )
-    from lit_merge.suites import BackdoorSuite, ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite
+    from lit_merge.suites import BackdoorSuite, ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite, WeightsSuite
     from lit_merge.task_vectors import TaskVectors
     from lit_merge.trainer import MergeTrainer
     from lit_merge.transforms import Transform

@@ -27,6 +27,9 @@ Try   lit-merge fit --config adamerging.yaml
       lit-merge fit --help
       lit-merge fit --config adamerging.yaml --print_config=skip_default
 
+Weights of any network, merged piece by piece without running it:
+  lit-merge merge --base DIR --experts DIR DIR ... --method Ties --scale 1.0 --output DIR
+
 Errors end with status 2 (usage) or 1 (run time); --debug shows the traceback.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -151,6 +152,9 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
             if given and given[0] in COMMANDS:
                 run_command(given[0], given[1:])
                 return None
+            if given[:1] == ["merge"] and _is_of_weights(given[1:]):
+                run_command("merge_weights", given[1:])
+                return None
             return _cli(None if args is None else given, run)
     except Exception as raised:
         if debug or os.environ.get("LIT_MERGE_DEBUG"):
@@ -160,6 +164,23 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
         kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
         sys.stderr.write(f"error: {kind}{message}\n       (--debug shows the traceback)\n")
         raise SystemExit(1) from error
+
+
+def _is_of_weights(args: list[str]) -> bool:
+    """Whether a merge is of folders of weights, without a suite: its arguments or its config name experts."""
+    names = [text.partition("=")[0] for text in args]
+    if "--base" in names or "--experts" in names:
+        return True
+    for name, text, value in zip(names, args, [*args[1:], ""], strict=True):
+        path = Path(text.partition("=")[2] if "=" in text else value)
+        if name in ("-c", "--config") and path.is_file():
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError):
+                continue  # the parser says what is wrong with it
+            if isinstance(content, dict) and "experts" in content:
+                return True
+    return False
 
 
 def _cause(error: BaseException) -> BaseException:

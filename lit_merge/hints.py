@@ -39,6 +39,8 @@ _OPTION = re.compile(r"(?:Option|option|arguments?:) '?(?:--)?([\w.]+?)'?(?: is 
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 _LITERAL = re.compile(r"Literal\[(.*)\]\. Got value: (\w+)")
 
+_ONE_OF_UNION = re.compile(r"Expected a (?:typing\.)?Literal\[([^\]]*)\](?:.*\n)+?\s*Given value: (\w+)")
+
 
 def hint(message: str) -> str:
     r"""Return a suggestion for an error message of the parser, or nothing if there is none or the message has one.
@@ -72,7 +74,7 @@ def _mistakes(message: str) -> Iterator[tuple[str, Collection[str]]]:
             yield part, argument_names()
     for wrong, choices in _CHOICE.findall(message):
         yield wrong, re.findall(r"\w+", choices)
-    for choices, wrong in _LITERAL.findall(message):
+    for choices, wrong in _LITERAL.findall(message) + _ONE_OF_UNION.findall(message):
         yield wrong, re.findall(r"\w+", choices)
 
 

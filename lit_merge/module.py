@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from lit_merge.skeleton import Skeleton, freeze_to_buffers
 from lit_merge.suites.base import Suite
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.teachers import TeacherCache
-from lit_merge.transforms import Transform
+from lit_merge.transforms import Needs, Pieces, Transform
 
 __all__ = ("MergeModule",)
 
@@ -115,6 +115,19 @@ class MergeModule(AdaptationSteps, ABC):
     def report_extra(self) -> dict[str, Any]:
         """Return plain data that the method adds to ``extra`` of the report."""
         return {}
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once, see :mod:`lit_merge.streaming`; a method that says nothing: everything."""
+        return "data" if self.learnable else "network"
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges the pieces of a network one after the other, in sorted order of names.
+
+        Args:
+            pieces: Task vectors of the whole network, read piece by piece, for statistics.
+        """
+        return self.merge
 
     @property
     def learnable(self) -> bool:

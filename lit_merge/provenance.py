@@ -11,7 +11,7 @@ import lightning as L
 from lit_merge import __version__
 from lit_merge.module import MergeModule
 
-__all__ = ("provenance", "versions")
+__all__ = ("described", "provenance", "versions")
 
 
 def versions() -> dict[str, str]:
@@ -28,8 +28,19 @@ def versions() -> dict[str, str]:
     }
 
 
-def provenance(trainer: L.Trainer, model: MergeModule) -> dict[str, Any]:
-    """Return what ``merge.json`` says: method, suite, hashes, versions and, from the command line, the config."""
+def described(model: MergeModule) -> dict[str, Any]:
+    """Return what of :meth:`~lit_merge.MergeModule.fingerprint` is known before anything is read."""
+    return {"tasks": list(model.suite.tasks), "transforms": [repr(transform) for transform in model.transforms]}
+
+
+def provenance(trainer: L.Trainer, model: MergeModule, *, merged: bool = True) -> dict[str, Any]:
+    """Return what ``merge.json`` says: method, suite, hashes, versions and, from the command line, the config.
+
+    Args:
+        trainer: Whose callbacks know the config.
+        model: The merge.
+        merged: Whether networks have been read, so that their hashes are known.
+    """
     from lit_merge.callbacks.log_config import LogConfig
 
     configs = [c.text() for c in trainer.callbacks if isinstance(c, LogConfig)]  # type: ignore[attr-defined]
@@ -37,7 +48,7 @@ def provenance(trainer: L.Trainer, model: MergeModule) -> dict[str, Any]:
         "schema": 1,
         "method": type(model).__name__,
         "suite": model.suite.name,
-        **model.fingerprint(),
+        **(model.fingerprint() if merged else described(model)),
         "sources": model.suite.sources(),
         "hyperparameters": {key: value for key, value in model.hparams.items() if not key.startswith("_")},
         "steps": trainer.global_step,

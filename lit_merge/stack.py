@@ -26,18 +26,25 @@ class Stack(nn.Module):
         base: Where to read the base's tensors.
         tasks: Number of rows.
         dtype: Storage of the differences; by default at least float32.
+        widest: Dtype that the base is held in at least: that of the network of which this is a piece.
     """
 
     _base: Tensor
     _deltas: Tensor
 
     def __init__(
-        self, names: Sequence[str], base: Mapping[str, Tensor], tasks: int, dtype: torch.dtype | None = None
+        self,
+        names: Sequence[str],
+        base: Mapping[str, Tensor],
+        tasks: int,
+        dtype: torch.dtype | None = None,
+        widest: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.names = tuple(names)
         self._layout: dict[str, tuple[slice, torch.Size, torch.dtype]] = {}
         wide, start = torch.float32 if not names else base[names[0]].dtype, 0
+        wide = wide if widest is None else torch.promote_types(wide, widest)
         for name in self.names:
             value = base[name]
             self._layout[name] = (slice(start, start := start + value.numel()), value.shape, value.dtype)
@@ -46,7 +53,7 @@ class Stack(nn.Module):
         device = base[names[0]].device if names else torch.device("cpu")
         self.register_buffer("_base", torch.empty(start, dtype=wide, device=device), persistent=False)
         store = dtype or self.compute_dtype
-        self.register_buffer("_deltas", torch.zeros(tasks, start, dtype=store, device=device), persistent=False)
+        self.register_buffer("_deltas", _zeros(tasks, start, store, device), persistent=False)
         for name, (part, _, _) in self._layout.items():
             self._base[part] = base[name].detach().flatten().to(wide)
 
@@ -64,8 +71,9 @@ class Stack(nn.Module):
         """Store ``value`` − base; names that are not in the stack are left to others."""
         if name in self._layout:
             part = self._layout[name][0]
-            difference = value.detach().flatten().to(self._base.device, self.compute_dtype) - self._base[part]
-            self._deltas[row, part] = difference.to(self._deltas.dtype)
+            wide = value.detach().flatten().to(self._base.device, self.compute_dtype)
+            base = self._base[part]
+            self._deltas[row, part] = wide.sub_(base) if wide.dtype != value.dtype else wide - base  # a copy is ours
 
     def base(self) -> dict[str, Tensor]:
         """Tensors of the base, in their own dtypes."""
@@ -77,7 +85,8 @@ class Stack(nn.Module):
 
     def mean(self) -> dict[str, Tensor]:
         """Base + mean difference."""
-        return self._unflatten(self._base + self._deltas.to(self.compute_dtype).mean(0))
+        return {name: (self._base[part] + self._rows(part).mean(0)).to(dtype).reshape(shape)
+                for name, (part, shape, dtype) in self._layout.items()}  # fmt: skip
 
     def views(self) -> dict[str, Tensor]:
         """Differences by name, ``(T, *shape)``, without a copy."""
@@ -94,7 +103,7 @@ class Stack(nn.Module):
             raise MergeError(f"transform: changed the names of the tensors: {sorted(set(deltas) ^ set(self.names))}")
         new = type(self)((), {}, 0)
         new.names, new._layout, new.compute_dtype = self.names, self._layout, self.compute_dtype
-        new._base, new._deltas = self._base, torch.empty_like(self._deltas)
+        new._base, new._deltas = self._base, _zeros(len(self._deltas), len(self), self._deltas.dtype, self.device)
         for name, old in self.views().items():
             if deltas[name].shape != old.shape:
                 raise MergeError(
@@ -185,6 +194,11 @@ class Stack(nn.Module):
     def __len__(self) -> int:
         """Number of values per task."""
         return math.prod(self._base.shape)
+
+
+def _zeros(tasks: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros ``(T, P)``; a single column has the stride of one of many, as that decides on the order of sums over T."""
+    return torch.zeros(tasks, max(size, 2), dtype=dtype, device=device)[:, :size]
 
 
 class _Contract(torch.autograd.Function):

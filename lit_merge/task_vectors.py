@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lit_merge.checkpoints.checks import check_state, check_tied, common_layout
 from lit_merge.checkpoints.digests import StateDigest
+from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, tying
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
 from lit_merge.stack import Stack
@@ -17,7 +18,6 @@ from lit_merge.stack import Stack
 __all__ = ("BufferPolicy", "Granularity", "TaskVectors")
 
 BufferPolicy = Literal["average", "base"]
-Granularity = Literal["task", "block", "tensor", "layer"]
 
 
 class TaskVectors(nn.Module):
@@ -34,6 +34,8 @@ class TaskVectors(nn.Module):
         tasks: Names of the tasks, in the order of the first dimension of every stacked tensor.
         names: Names of the tensors that coefficients act on, in the order of the base: the columns of ``(T, L)``.
         digests: SHA-256 of the base (key ``""``) and of each expert (by task), over names, shapes and values.
+        network: Names of the tensors that coefficients act on in the whole network, of which this may be a piece: what
+            the depth of a tensor is read off.
 
     >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
     >>> bank.tasks, bank.deltas["w"].shape
@@ -48,10 +50,12 @@ class TaskVectors(nn.Module):
         constants: Mapping[str, Tensor],
         tied: Mapping[str, str],
         digests: Mapping[str, str],
+        network: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
         self.digests = dict(digests)
+        self.network = parameters.names if network is None else tuple(network)
         self._weights = parameters
         self._statistics = buffers
         self._tied = dict(tied)
@@ -127,12 +131,13 @@ class TaskVectors(nn.Module):
         """Type of coefficients and of their arithmetic: float32, or float64 if the base is in float64."""
         return self._weights.compute_dtype
 
-    def groups(self, granularity: Granularity) -> tuple[tuple[str, ...], Tensor]:
+    def groups(self, granularity: Tying) -> tuple[tuple[str, ...], Tensor]:
         """Say which coefficient acts on which tensor.
 
         Args:
             granularity: ``task``: one for the whole network; ``block``: one per numbered block, and one per module
-                outside the blocks; ``tensor`` (alias ``layer``, the word of the AdaMerging paper): one per tensor.
+                outside the blocks; ``tensor`` (alias ``layer``, the word of the AdaMerging paper): one per tensor; or
+                by name, see :mod:`lit_merge.coefficients`.
 
         Returns:
             Names of the G groups, and the group of each tensor, ``(L,)``.
@@ -144,16 +149,24 @@ class TaskVectors(nn.Module):
         >>> TaskVectors.from_state_dicts(state, {"a": state}).groups("block")
         (('h.0', 'h.1'), tensor([0, 0, 1]))
         """
-        if granularity == "task":
-            keys = ["all"] * len(self.names)
-        elif granularity == "block":
-            keys = [_block(name) for name in self.names]
-        elif granularity in ("tensor", "layer"):
-            keys = list(self.names)
-        else:
-            raise MergeError(f"granularity: expected task, block, tensor or layer, found {granularity!r}")
-        order = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        return tuple(order), torch.tensor([order[key] for key in keys], dtype=torch.long)
+        groups, shares = tying(granularity, self.names)
+        if not bool((shares.sum(0) == shares.max(0).values).all()):
+            raise MergeError(f"granularity: expected {', '.join(get_args(Granularity))} or filters, found "
+                             f"{granularity!r}, by which tensors are between two coefficients")  # fmt: skip
+        return groups, shares.argmax(0)
+
+    def columns(self, coefficient: Coefficient) -> Tensor:
+        """Return a fixed coefficient as ``(T, L)``, the same for all tasks.
+
+        Args:
+            coefficient: See :mod:`lit_merge.coefficients`.
+
+        Raises:
+            MergeError: It is not a number for every tensor.
+        """
+        found = per_tensor(coefficient, self.network)
+        row = torch.tensor([found[name] for name in self.names], dtype=self.compute_dtype)
+        return row.expand(len(self.tasks), -1)
 
     def contract(self, coefficients: float | Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
         """Return θ_l = θ0_l + m_l ⊙ Σ_t λ_{t,l} τ_{t,l}, differentiable with respect to coefficients and mask logits.
@@ -221,18 +234,22 @@ class TaskVectors(nn.Module):
         with torch.autocast(self._weights.device.type, enabled=False):
             return self._weights.masked_gradients(coefficients.detach(), mask.detach(), ordered, asked)
 
-    def offset(self, delta: Mapping[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+    def offset(self, delta: Mapping[str, Tensor], scale: Coefficient = 1.0) -> dict[str, Tensor]:
         """Return θ0 + scale · delta for one merged task vector.
 
         Args:
             delta: Merged task vector by name, ``(*shape)`` each, as the merges in :mod:`lit_merge.functional` return.
-            scale: Its factor.
+            scale: Its factor; see :mod:`lit_merge.coefficients`.
 
         Returns:
             Merged parameters by name, in the dtypes of the base.
+
+        Raises:
+            MergeError: The factor is not a number for every tensor.
         """
+        factors = per_tensor(scale, self.network)
         return {
-            name: (value + scale * delta[name].to(self.compute_dtype)).to(value.dtype)
+            name: (value + factors[name] * delta[name].to(self.compute_dtype)).to(value.dtype)
             for name, value in self._weights.base().items()
         }
 
@@ -276,7 +293,7 @@ class TaskVectors(nn.Module):
         """
         constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
         stack = self._weights.replaced(transform(self.deltas))
-        return type(self)(self.tasks, stack, self._statistics, constants, self._tied, self.digests)
+        return type(self)(self.tasks, stack, self._statistics, constants, self._tied, self.digests, self.network)
 
     def _assemble(self, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
@@ -291,12 +308,3 @@ def _fill(digest: StateDigest, state: Mapping[str, Tensor], put: Callable[[str, 
         put(name, value)
         digest.update(name, value)
     return digest.hexdigest()
-
-
-def _block(name: str) -> str:
-    """``transformer.resblocks.3.mlp.weight`` → ``transformer.resblocks.3``; ``conv1.weight`` → ``conv1``."""
-    parts = name.split(".")
-    for number, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: number + 1])
-    return ".".join(parts[:-1]) or name

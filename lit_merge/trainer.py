@@ -12,7 +12,9 @@ from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.errors import MergeError
 from lit_merge.exporting import ExportFormat, export_merge
 from lit_merge.module import MergeModule
+from lit_merge.provenance import provenance
 from lit_merge.sinks import run_dir
+from lit_merge.streaming import stream_suite, why_not_streamed
 
 __all__ = ("MergeTrainer",)
 
@@ -60,6 +62,9 @@ class MergeTrainer(L.Trainer):
     ) -> Path:
         """Merge with a data-free method, evaluate the result and export it.
 
+        Without an evaluation the merge goes piece by piece where the rule allows, see :mod:`lit_merge.streaming`, in
+        the memory of its largest tensor.
+
         Args:
             model: The merge.
             datamodule: Where to evaluate; without one there is no evaluation.
@@ -75,8 +80,29 @@ class MergeTrainer(L.Trainer):
         if model.learnable:
             raise MergeError(f"{type(model).__name__} learns its merge; use `fit`, which exports it, or `export`")
         if datamodule is not None:
+            rank_zero_info(
+                "merging in memory, beside the base and the experts that are scored; --data null only merges"
+            )
             self.test(model, datamodule=datamodule, verbose=False)
-        return self.export(model, datamodule, output=output, format=format)
+            return self.export(model, datamodule, output=output, format=format)
+        if format != "safetensors":
+            reason: str | None = f"format: {format} is written from a network in memory"
+        elif type(model).read_bank is not MergeModule.read_bank:
+            reason = f"{type(model).__name__} reads its own task vectors"
+        else:
+            reason = why_not_streamed(model)
+        if reason is not None:
+            rank_zero_info(f"merging in memory, not piece by piece: {reason}")
+            return self.export(model, output=output, format=format)
+        folder = run_dir(self) / "export" if output is None else Path(output)
+        path = folder / "merged.safetensors"
+        if self.is_global_zero:
+            path = stream_suite(
+                model, folder, provenance(self, model, merged=False), progress=bool(self.progress_bar_callback)
+            )
+        self.strategy.barrier()
+        rank_zero_info(f"merged network: {path}")
+        return path
 
     def export(
         self,

@@ -25,6 +25,7 @@ _WEIGHTS = (
     "model.safetensors.index.json",
     "open_clip_model.safetensors",
     "merged.safetensors",
+    "merged.safetensors.index.json",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )

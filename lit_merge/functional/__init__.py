@@ -28,10 +28,11 @@ from lit_merge.functional.model_stock import model_stock
 from lit_merge.functional.pcb import pcb_merge
 from lit_merge.functional.regmean import NormalEquations, regmean
 from lit_merge.functional.sce import sce_merge
+from lit_merge.functional.selection import kth_magnitudes
 from lit_merge.functional.spherical import karcher_mean, slerp
 from lit_merge.functional.sums import mean_merge, sum_merge
 from lit_merge.functional.svc import calibration_factors, svc
-from lit_merge.functional.ties import disjoint_mean_merge, elect_signs, ties, trim
+from lit_merge.functional.ties import TiesFacts, disjoint_mean_merge, elect_signs, majority_sign, ties, ties_facts, trim
 from lit_merge.functional.tsv import (
     Decompose,
     TsvFacts,
@@ -55,6 +56,7 @@ __all__ = (
     "Mask",
     "MatrixPolicy",
     "NormalEquations",
+    "TiesFacts",
     "TsvFacts",
     "align",
     "breadcrumbs",
@@ -81,12 +83,14 @@ __all__ = (
     "karcher_mean",
     "kept_rank",
     "knots",
+    "kth_magnitudes",
     "leaf_loss",
     "left_basis",
     "lines",
     "lines_intercept",
     "magmax",
     "magprune",
+    "majority_sign",
     "mean_merge",
     "merge_matrices",
     "model_stock",
@@ -108,6 +112,7 @@ __all__ = (
     "task_overlap",
     "task_singular_vectors",
     "ties",
+    "ties_facts",
     "trim",
     "truncated_svd",
     "tsv_compress",

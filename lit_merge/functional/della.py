@@ -72,11 +72,12 @@ def magprune(
     return {name: sparse[name] for name in deltas}
 
 
-def elected_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def elected_mean_merge(deltas: Mapping[str, Tensor], *, majority: float | None = None) -> dict[str, Tensor]:
     """Elect one sign per entry, and average the tasks that have it.
 
     Args:
         deltas: Task vectors, ``(T, *shape)`` each, such as :func:`magprune` returns.
+        majority: What :func:`~lit_merge.functional.ties.majority_sign` said, for a piece of the network.
 
     Returns:
         Merged task vector, ``(*shape)`` each.
@@ -84,7 +85,7 @@ def elected_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> elected_mean_merge({"w": torch.tensor([[4.0, 0.0], [2.0, -1.0], [-3.0, 0.5]])})
     {'w': tensor([ 3., -1.])}
     """
-    signs = elect_signs(deltas)
+    signs = elect_signs(deltas, majority=majority)
     merged: dict[str, Tensor] = {}
     for name, delta in deltas.items():  # tensor by tensor: a sparse copy of one, not of the bank
         agreeing = {name: torch.where(delta.sign() == signs[name], delta, 0)}

@@ -55,7 +55,12 @@ def depths(names: Iterable[str]) -> dict[str, float | None]:
 
 
 def lines(
-    deltas: Mapping[str, Tensor], alpha: float = 0.5, beta: float = 0.5, *, outside: float | None = None
+    deltas: Mapping[str, Tensor],
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    *,
+    outside: float | None = None,
+    network: Iterable[str] | None = None,
 ) -> dict[str, Tensor]:
     """Scale block l of L by α + β (l − 1)/(L − 1).
 
@@ -64,6 +69,7 @@ def lines(
         alpha: Factor of the first block; 0.5, with ``beta`` 0.5, is the published value for one fine-tuned network.
         beta: What the last block has more.
         outside: Factor of tensors outside of all blocks (embeddings, the last norm); by default α, as released.
+        network: Names of all tensors of the network of which ``deltas`` is a piece; by default those of ``deltas``.
 
     Returns:
         The same, scaled.
@@ -77,10 +83,10 @@ def lines(
     """
     if not all(math.isfinite(value) for value in (alpha, beta, outside or 0.0)):
         raise MergeError(f"lines: expected finite factors, found alpha {alpha}, beta {beta}, outside {outside}")
-    found = depths(deltas)
+    found = depths(deltas if network is None else network)
     if all(depth is None for depth in found.values()):
         raise MergeError(
-            f"lines: no name has a block number, as in h.3.weight, so there is no depth: {', '.join(sorted(deltas))}"
+            f"lines: no name has a block number, as in h.3.weight, so there is no depth: {', '.join(sorted(found))}"
         )
     edge = alpha if outside is None else outside
     scaled = {}

@@ -6,23 +6,79 @@ All tensors of a task form one vector: trimming is global, so a tensor that chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.scopes import wide
+from lit_merge.functional.selection import kth_magnitudes
 
-__all__ = ("disjoint_mean_merge", "elect_signs", "ties", "trim")
+__all__ = ("TiesFacts", "disjoint_mean_merge", "elect_signs", "majority_sign", "ties", "ties_facts", "trim")
 
 
-def trim(deltas: Mapping[str, Tensor], density: float = 0.2) -> dict[str, Tensor]:
+class TiesFacts(NamedTuple):
+    """What trimming and election have to know of the whole network.
+
+    Attributes:
+        thresholds: Magnitude of the last entry that stays, per task, ``(T,)``.
+        majority: Sign, +1 or -1, of most entries of the network.
+    """
+
+    thresholds: Tensor
+    majority: float
+
+
+def ties_facts(pieces: Iterable[Mapping[str, Tensor]], density: float = 0.2) -> TiesFacts:
+    """Take from a network that is read piece by piece what :func:`ties` needs to go through it piece by piece.
+
+    Args:
+        pieces: Task vectors, ``(T, *shape)`` each, of some tensors at a time. They are read three times, four times in
+            float64: the thresholds are exact, whatever the size of the network.
+        density: Share of entries that stay, in (0, 1].
+
+    Raises:
+        MergeError: ``density`` is outside (0, 1].
+
+    >>> import torch
+    >>> ties_facts([{"w": torch.tensor([[1.0, -4.0]])}, {"b": torch.tensor([[-2.0, -0.5]])}], density=0.5)
+    TiesFacts(thresholds=tensor([2.]), majority=-1.0)
+    """
+    _check(density)
+    thresholds = kth_magnitudes(pieces, lambda size: size - max(1, round(density * size)) + 1)
+
+    def trimmed() -> Iterator[dict[str, Tensor]]:
+        for piece in pieces:
+            kept = trim(piece, density, thresholds=thresholds)
+            del piece
+            yield kept
+            del kept
+
+    return TiesFacts(thresholds, majority_sign(trimmed()))
+
+
+def majority_sign(pieces: Iterable[Mapping[str, Tensor]]) -> float:
+    """Return the sign, +1 or -1, that the sum over tasks has in most entries of a network; +1 if it is balanced.
+
+    Args:
+        pieces: Task vectors, ``(T, *shape)`` each, of some tensors at a time.
+    """
+    balance = 0.0
+    for piece in pieces:
+        balance += sum(float(delta.sum(0).sign().sum()) for delta in piece.values())
+        del piece
+    return -1.0 if balance < 0 else 1.0
+
+
+def trim(deltas: Mapping[str, Tensor], density: float = 0.2, *, thresholds: Tensor | None = None) -> dict[str, Tensor]:
     """Keep the entries of largest magnitude of every task, over all its tensors together, and zero the rest.
 
     Args:
         deltas: Task vectors, ``(T, *shape)`` each.
         density: Share of entries that stay, in (0, 1]; ``round(density * d)`` of d, and whatever ties with the last.
+        thresholds: Smallest magnitude that stays, per task, ``(T,)``, where ``deltas`` is a piece of the network.
 
     Returns:
         Trimmed task vectors, ``(T, *shape)`` each.
@@ -34,13 +90,20 @@ def trim(deltas: Mapping[str, Tensor], density: float = 0.2) -> dict[str, Tensor
     >>> trim({"w": torch.tensor([[1.0, -4.0, 2.0, 0.5]])}, density=0.5)
     {'w': tensor([[ 0., -4.,  2.,  0.]])}
     """
+    _check(density)
+    limits = _thresholds(deltas, density) if thresholds is None else thresholds
+    trimmed = {}
+    for name, delta in deltas.items():
+        kept = torch.zeros_like(delta, memory_format=torch.contiguous_format)
+        for row, limit, out in zip(delta, limits.to(delta), kept, strict=True):  # copies are of one task at a time
+            out.copy_(row).masked_fill_(row.abs() < limit, 0)
+        trimmed[name] = kept
+    return trimmed
+
+
+def _check(density: float) -> None:
     if not 0 < density <= 1:
         raise MergeError(f"density: expected a share in (0, 1], found {density}")
-    thresholds = _thresholds(deltas, density)
-    return {
-        name: torch.where(delta.abs() >= thresholds.to(delta).reshape(-1, *[1] * (delta.ndim - 1)), delta, 0)
-        for name, delta in deltas.items()
-    }
 
 
 def _thresholds(deltas: Mapping[str, Tensor], density: float) -> Tensor:
@@ -54,7 +117,7 @@ def _thresholds(deltas: Mapping[str, Tensor], density: float) -> Tensor:
     return torch.stack(rows) if rows else torch.empty(0)
 
 
-def elect_signs(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def elect_signs(deltas: Mapping[str, Tensor], *, majority: float | None = None) -> dict[str, Tensor]:
     """Elect one sign per entry: that of the sum over tasks.
 
     Entries whose sum is exactly zero take the majority sign of all entries of the network (positive if that is
@@ -62,6 +125,7 @@ def elect_signs(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         deltas: Task vectors, ``(T, *shape)`` each.
+        majority: What :func:`majority_sign` said, where ``deltas`` is a piece of the network.
 
     Returns:
         Signs, +1 or -1, ``(*shape)`` each.
@@ -71,12 +135,12 @@ def elect_signs(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     {'w': tensor([ 1., -1.,  1.])}
     """
     signs = {name: delta.sum(0).sign() for name, delta in deltas.items()}
-    balance = sum(float(sign.sum()) for sign in signs.values())
-    majority = -1.0 if balance < 0 else 1.0
-    return {name: torch.where(sign == 0, majority, sign) for name, sign in signs.items()}
+    if majority is None:
+        majority = -1.0 if sum(float(sign.sum()) for sign in signs.values()) < 0 else 1.0
+    return {name: sign.masked_fill_(sign == 0, majority) for name, sign in signs.items()}
 
 
-def ties(deltas: Mapping[str, Tensor], density: float = 0.2) -> dict[str, Tensor]:
+def ties(deltas: Mapping[str, Tensor], density: float = 0.2, *, facts: TiesFacts | None = None) -> dict[str, Tensor]:
     """Trim each task vector and zero the entries whose sign lost the election.
 
     The result is still one vector per task: its sum is the TIES merge with disjoint sum, and
@@ -85,6 +149,7 @@ def ties(deltas: Mapping[str, Tensor], density: float = 0.2) -> dict[str, Tensor
     Args:
         deltas: Task vectors, ``(T, *shape)`` each.
         density: Share of entries that stay in trimming, in (0, 1]; 0.2 is the published value.
+        facts: What :func:`ties_facts` said, where ``deltas`` is a piece of the network.
 
     Returns:
         Task vectors, ``(T, *shape)`` each, whose entries agree in sign across tasks.
@@ -97,9 +162,12 @@ def ties(deltas: Mapping[str, Tensor], density: float = 0.2) -> dict[str, Tensor
     {'w': tensor([[5., 0., 0., 0.],
             [3., 6., 0., 0.]])}
     """
-    trimmed = trim(deltas, density)
-    signs = elect_signs(trimmed)
-    return {name: torch.where(delta.sign() == signs[name], delta, 0) for name, delta in trimmed.items()}
+    kept = trim(deltas, density, thresholds=None if facts is None else facts.thresholds)
+    signs = elect_signs(kept, majority=None if facts is None else facts.majority)
+    for name, delta in kept.items():
+        for row in delta:  # in place, as it is a copy already
+            row.masked_fill_(row.sign() != signs[name], 0)
+    return kept
 
 
 def disjoint_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,7 +183,11 @@ def disjoint_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> disjoint_mean_merge({"w": torch.tensor([[5.0, 0.0, 0.0], [3.0, 6.0, 0.0]])})
     {'w': tensor([4., 6., 0.])}
     """
-    return {
-        name: delta.sum(0, dtype=wide(delta[:0]).dtype) / (delta != 0).sum(0).clamp(min=1)
-        for name, delta in deltas.items()
-    }
+    merged = {}
+    for name, delta in deltas.items():
+        total = delta.sum(0, dtype=wide(delta[:0]).dtype)
+        number = torch.zeros_like(total)
+        for row in delta:
+            number += row != 0
+        merged[name] = total.div_(number.clamp_(min=1))
+    return merged

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.matrices import MatrixPolicy, Others
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("OnMatrices",)
 
@@ -34,7 +36,7 @@ class OnMatrices(MergeModule):
 
     def __init__(
         self,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         others: Others = "mean",
         convolutions: bool = False,
         exclude: Sequence[str] = (),
@@ -45,6 +47,11 @@ class OnMatrices(MergeModule):
         self.policy = MatrixPolicy(others, convolutions, tuple(exclude) if not isinstance(exclude, str) else exclude)
         self._made: tuple[TaskVectors, torch.device, dict[str, Tensor]] | None = None
 
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: one tensor."""
+        return "tensor"
+
     @abstractmethod
     def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the merged task vector, ``(*shape)`` each, for task vectors ``(T, *shape)``, without α."""
@@ -53,6 +60,8 @@ class OnMatrices(MergeModule):
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + α τ."""
         device = next(iter(bank.base.values())).device
+        if bank is not getattr(self, "bank", None):  # such as a piece of a network, of which nothing is kept
+            return bank.offset(self.combine(bank.deltas), self.scale)
         if self._made is None or self._made[0] is not bank or self._made[1] != device:
             with torch.autocast(device.type, enabled=False):
                 self._made = (bank, device, self.combine(bank.deltas))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lit_merge.coefficients import Coefficient, Tying, start_values, tying
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
-from lit_merge.task_vectors import Granularity, TaskVectors
+from lit_merge.task_vectors import TaskVectors
 
 __all__ = ("AdaMerging",)
 
@@ -23,8 +23,9 @@ class AdaMerging(MergeModule):
 
     Args:
         granularity: ``task``: one coefficient per task; ``block``: per task and numbered block; ``tensor``, or
-            ``layer`` in the paper's word: per task and parameter tensor.
-        init: Coefficients at the start; null for 1/T.
+            ``layer`` in the paper's word: per task and parameter tensor; a number of them over depth, or by name: see
+            :mod:`lit_merge.coefficients`.
+        init: Coefficients at the start, in the same words; null for 1/T.
         bounds: Lowest and highest coefficient. They are projected onto the interval after each step: clamping in the
             graph, as in the released code, kills the gradient of whatever leaves it once.
         softmax: The coefficients of the tasks are a softmax, so they are positive and sum to 1; they start at 1/T,
@@ -38,11 +39,12 @@ class AdaMerging(MergeModule):
     """
 
     column: Tensor
+    shares: Tensor | None
 
     def __init__(
         self,
-        granularity: Granularity = "tensor",
-        init: float | None = 0.3,
+        granularity: Tying = "tensor",
+        init: Coefficient | None = 0.3,
         bounds: tuple[float, float] | None = None,
         softmax: bool = False,
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
@@ -52,22 +54,25 @@ class AdaMerging(MergeModule):
             raise MergeError(f"AdaMerging.bounds: expected lowest < highest, found {bounds}")
         if bounds is not None and softmax:
             raise MergeError("AdaMerging: bounds and softmax exclude each other; softmax coefficients lie in (0, 1)")
-        self.granularity: Granularity = granularity
+        self.granularity: Tying = granularity
         self.init = init
         self.bounds = bounds
         self.softmax = softmax
 
     def make_parameters(self, bank: TaskVectors) -> None:
         """Make the coefficients ``(T, G)``, one column per group of tensors."""
-        groups, column = bank.groups(self.granularity)
-        start = 0.0 if self.softmax else 1 / len(bank.tasks) if self.init is None else self.init
-        self.register_buffer("column", column, persistent=False)
-        self.coefficients = nn.Parameter(torch.full((len(bank.tasks), len(groups)), start, dtype=bank.compute_dtype))
+        _, shares = tying(self.granularity, bank.names)
+        init = 0.0 if self.softmax else 1 / len(bank.tasks) if self.init is None else self.init
+        start = start_values(init, shares, bank.names).to(bank.compute_dtype)
+        between = not bool((shares.sum(0) == shares.max(0).values).all())  # two coefficients over depth
+        self.register_buffer("column", shares.argmax(0), persistent=False)
+        self.register_buffer("shares", shares.to(bank.compute_dtype) if between else None, persistent=False)
+        self.coefficients = nn.Parameter(start.expand(len(bank.tasks), -1).clone())
 
     def weights(self) -> Tensor:
         """Coefficients as they act, ``(T, L)``: one column per parameter tensor."""
         values = self.coefficients.softmax(0) if self.softmax else self.coefficients
-        return values[:, self.column]
+        return values[:, self.column] if self.shares is None else values @ self.shares
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + Σ λ_{t,l} τ_{t,l}; every tensor has a coefficient."""

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.sums import sum_merge
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 from lit_merge.transforms.breadcrumbs import Breadcrumbs as BreadcrumbsTransform
 
 __all__ = ("Breadcrumbs",)
@@ -34,7 +36,7 @@ class Breadcrumbs(MergeModule):
         self,
         bottom: float = 0.85,
         top: float = 0.007,
-        scale: float = 0.3,
+        scale: Coefficient = 0.3,
         per: Literal["tensor", "network"] = "tensor",
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
@@ -42,6 +44,11 @@ class Breadcrumbs(MergeModule):
         self.transform = BreadcrumbsTransform(bottom, top, per)
         self.scale = scale
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: what the transform needs."""
+        return self.transform.needs
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ Σ m_t ⊙ τ_t; every tensor is masked alike."""
-        return bank.offset(sum_merge(self.transform(bank.deltas), self.scale))
+        return bank.offset(sum_merge(self.transform(bank.deltas), 1.0), self.scale)

@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.consensus import consensus_merge
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("Consensus",)
 
@@ -33,7 +35,7 @@ class Consensus(MergeModule):
 
     def __init__(
         self,
-        scale: float = 0.3,
+        scale: Coefficient = 0.3,
         threshold: float | list[float] = 0.4,
         least: int = 2,
         multi_task: MultiTask = "sum",
@@ -48,7 +50,13 @@ class Consensus(MergeModule):
         self.multi_task: MultiTask = multi_task
         self.density = density
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: one tensor, but for the thresholds of TIES."""
+        return "tensor" if self.multi_task == "sum" else "network"
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · what is left of τ_MTL; every tensor is masked alike."""
         vector = multi_task_vector(bank.deltas, self.multi_task, self.density)
-        return bank.offset(consensus_merge(bank.deltas, self.scale, self.threshold, self.least, multi_task=vector))
+        merged = consensus_merge(bank.deltas, 1.0, self.threshold, self.least, multi_task=vector)
+        return bank.offset(merged, self.scale)

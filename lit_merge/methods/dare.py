@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lit_merge import functional
+from lit_merge.coefficients import Coefficient
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Dare as DareTransform
+from lit_merge.transforms import DeltaMap, Needs, Pieces
 
 __all__ = ("Dare",)
 
@@ -32,7 +36,7 @@ class Dare(MergeModule):
     def __init__(
         self,
         drop: float = 0.5,
-        scale: float = 0.3,
+        scale: Coefficient = 0.3,
         mask_seed: int = 0,
         rescale: bool = True,
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
@@ -41,6 +45,18 @@ class Dare(MergeModule):
         self.transform = DareTransform(drop, mask_seed, rescale)
         self.scale = scale
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: what the transform needs."""
+        return self.transform.needs
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ Σ DARE(τ_t); every tensor is dropped from alike."""
-        return bank.offset(functional.sum_merge(self.transform(bank.deltas), self.scale))
+        return self._merge(bank, self.transform)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with one sequence of random numbers."""
+        return partial(self._merge, transform=self.transform.streamed(pieces))
+
+    def _merge(self, bank: TaskVectors, transform: DeltaMap) -> dict[str, Tensor]:
+        return bank.offset(functional.sum_merge(transform(bank.deltas), 1.0), self.scale)

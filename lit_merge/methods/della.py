@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
 from lit_merge.functional.della import elected_mean_merge
 from lit_merge.functional.sums import sum_merge
+from lit_merge.functional.ties import majority_sign
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import DeltaMap, Needs, Pieces
 from lit_merge.transforms.magprune import MagPrune
 
 __all__ = ("Della",)
@@ -40,7 +45,7 @@ class Della(MergeModule):
         self,
         drop: float = 0.5,
         window: float = 0.3,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         reduce: Literal["elect", "sum"] = "elect",
         mask_seed: int = 0,
         per: Literal["row", "tensor"] = "row",
@@ -56,7 +61,22 @@ class Della(MergeModule):
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · DELLA; every tensor is dropped from, vectors and scalars as one row."""
-        kept = self.transform(bank.deltas)
+        return self._merge(bank, self.transform)
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: for the election the majority of all signs, which settles ties."""
+        return "statistics" if self.reduce == "elect" else "tensor"
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with one sequence of random numbers and the majority of the network."""
+        majority = None
+        if self.reduce == "elect":
+            majority = majority_sign(map(self.transform.streamed(pieces), pieces))
+        return partial(self._merge, transform=self.transform.streamed(pieces), majority=majority)
+
+    def _merge(self, bank: TaskVectors, transform: DeltaMap, majority: float | None = None) -> dict[str, Tensor]:
+        kept = transform(bank.deltas)
         if self.reduce == "sum":
-            return bank.offset(sum_merge(kept, self.scale))
-        return bank.offset(elected_mean_merge(kept), self.scale)
+            return bank.offset(sum_merge(kept, 1.0), self.scale)
+        return bank.offset(elected_mean_merge(kept, majority=majority), self.scale)

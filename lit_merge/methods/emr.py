@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.emr import EmrBalance, emr_rescalers, emr_unified
 from lit_merge.methods._per_task import PerTaskModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("Emr",)
 
@@ -35,13 +37,18 @@ class Emr(PerTaskModule):
 
     def __init__(
         self,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         balance: EmrBalance = "entries",
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
         self.scale = scale
         self.balance: EmrBalance = balance
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: one tensor."""
+        return "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return what is stored once, θ0 + scale · τ_uni; every tensor is treated alike."""

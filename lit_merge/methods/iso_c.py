@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.isotropic import iso_c
 from lit_merge.methods._on_matrices import OnMatrices
 
@@ -30,7 +31,7 @@ class IsoC(OnMatrices):
     Source: Marczak et al., No Task Left Behind, algorithm 1, arXiv 2502.04959.
     """
 
-    def __init__(self, scale: float = 1.0, tolerance: float = 1e-6, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
+    def __init__(self, scale: Coefficient = 1.0, tolerance: float = 1e-6, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(scale=scale, **kwargs)
         self.tolerance = tolerance
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.decompositions import SvdMethod
 from lit_merge.functional.isotropic import iso_cts
 from lit_merge.methods._on_matrices import OnMatrices
@@ -33,7 +34,7 @@ class IsoCts(OnMatrices):
 
     def __init__(
         self,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         common: float = 0.8,
         tolerance: float = 1e-6,
         decomposition: SvdMethod = "auto",

@@ -12,6 +12,7 @@ from lit_merge.functional.spherical import karcher_mean
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("KarcherMean",)
 
@@ -51,6 +52,11 @@ class KarcherMean(MergeModule):
         self.per: Scope = per
         self.tolerance = tolerance
         self.max_steps = max_steps
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: what has a statistic of its own."""
+        return "network" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the mean; every tensor is averaged on its own sphere."""

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
 from lit_merge.functional.knots import knots
 from lit_merge.functional.sums import sum_merge
 from lit_merge.functional.ties import ties
 from lit_merge.methods._on_matrices import OnMatrices
+from lit_merge.transforms import Needs
 
 __all__ = ("Knots",)
 
@@ -39,7 +41,7 @@ class Knots(OnMatrices):
 
     def __init__(
         self,
-        scale: float = 0.6,
+        scale: Coefficient = 0.6,
         density: float = 0.2,
         reduce: Literal["mean", "sum"] = "mean",
         weighted: bool = True,
@@ -53,6 +55,11 @@ class Knots(OnMatrices):
         self.reduce = reduce
         self.weighted = weighted
         self.tolerance = tolerance
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: the aligned parts of all matrices."""
+        return "network"
 
     def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the merged task vector."""

@@ -10,6 +10,7 @@ from lit_merge.functional.lines import lines, lines_intercept
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("Lines",)
 
@@ -50,8 +51,13 @@ class Lines(MergeModule):
         self.density = density
         self.outside = outside
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: of a sum one tensor, as α is then 1/T."""
+        return "tensor" if self.multi_task == "sum" else "network"
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + the scaled τ_MTL; tensors outside of the blocks have the factor ``outside``."""
         vector = multi_task_vector(bank.deltas, self.multi_task, self.density)
         alpha = lines_intercept(bank.deltas, vector) if self.alpha is None else self.alpha
-        return bank.offset(lines(vector, alpha, self.beta, outside=self.outside))
+        return bank.offset(lines(vector, alpha, self.beta, outside=self.outside, network=bank.network))

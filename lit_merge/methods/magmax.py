@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.magmax import magmax
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("MagMax",)
 
@@ -23,9 +25,14 @@ class MagMax(MergeModule):
     Source: Marczak et al., MagMax, section 4, arXiv 2407.06322.
     """
 
-    def __init__(self, scale: float = 0.5, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
+    def __init__(self, scale: Coefficient = 0.5, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
         super().__init__(**kwargs)
         self.scale = scale
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: one tensor."""
+        return "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · the largest changes; every tensor is treated alike."""

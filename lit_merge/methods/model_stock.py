@@ -10,6 +10,7 @@ from lit_merge.functional.model_stock import AngleMean, model_stock
 from lit_merge.functional.scopes import Scope
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("ModelStock",)
 
@@ -42,6 +43,11 @@ class ModelStock(MergeModule):
         self.per: Scope = per
         self.average: AngleMean = average
         self.clamp = clamp
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: what has a statistic of its own."""
+        return "network" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the shrunken average; every tensor has its own t."""

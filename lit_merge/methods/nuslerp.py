@@ -13,6 +13,7 @@ from lit_merge.functional.weighted_average import normalized
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("NuSlerp",)
 
@@ -47,6 +48,11 @@ class NuSlerp(MergeModule):
         self.per: Scope = per
         self.lengths: Lengths = lengths
         self.threshold = threshold
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: what has a statistic of its own."""
+        return "network" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + the point on the arc; every tensor is interpolated."""

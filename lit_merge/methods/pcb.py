@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.pcb import PcbFormula, pcb_merge
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("Pcb",)
 
@@ -30,7 +32,7 @@ class Pcb(MergeModule):
     def __init__(
         self,
         density: float = 0.1,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         formula: PcbFormula = "paper",
         per: Literal["network", "tensor"] = "network",
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
@@ -40,6 +42,11 @@ class Pcb(MergeModule):
         self.scale = scale
         self.formula: PcbFormula = formula
         self.per: Literal["network", "tensor"] = per
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: what has a statistic of its own."""
+        return "network" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · PCB; every tensor takes part in one competition."""

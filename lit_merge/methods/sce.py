@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.functional.sce import sce_merge
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("Sce",)
 
@@ -29,7 +31,7 @@ class Sce(MergeModule):
     def __init__(
         self,
         density: float = 0.1,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         per: Literal["tensor", "network"] = "tensor",
         renormalize: bool = False,
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
@@ -39,6 +41,11 @@ class Sce(MergeModule):
         self.scale = scale
         self.per: Literal["tensor", "network"] = per
         self.renormalize = renormalize
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: what has a statistic of its own."""
+        return "network" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · SCE; every tensor is treated alike."""

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("SimpleAverage",)
 
@@ -18,6 +19,11 @@ class SimpleAverage(MergeModule):
 
     Source: Wortsman et al., Model soups (uniform soup), arXiv 2203.05482.
     """
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: one tensor."""
+        return "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the mean of the experts; every tensor is averaged."""

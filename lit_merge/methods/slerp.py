@@ -11,6 +11,7 @@ from lit_merge.functional.scopes import Scope
 from lit_merge.functional.spherical import Lengths, slerp
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("Slerp",)
 
@@ -47,6 +48,11 @@ class Slerp(MergeModule):
         self.per: Scope = per
         self.lengths: Lengths = lengths
         self.threshold = threshold
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: what has a statistic of its own."""
+        return "network" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the point on the arc; every tensor is interpolated."""

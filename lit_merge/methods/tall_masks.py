@@ -12,6 +12,7 @@ from lit_merge.functional.consensus import tall_masks
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.methods._per_task import PerTaskModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("TallMasks",)
 
@@ -47,6 +48,11 @@ class TallMasks(PerTaskModule):
         self.threshold = threshold
         self.multi_task: MultiTask = multi_task
         self.density = density
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: one tensor, but for the thresholds of TIES."""
+        return "tensor" if self.multi_task == "sum" else "network"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return what is stored once, θ0 + τ_MTL; every tensor is treated alike."""

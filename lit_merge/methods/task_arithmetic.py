@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("TaskArithmetic",)
 
@@ -16,16 +18,22 @@ class TaskArithmetic(MergeModule):
     """Scaled sum of task vectors: θ = θ0 + λ Σ_t τ_t.
 
     Args:
-        scale: The coefficient λ; 0.3 is the published choice for eight vision tasks.
+        scale: The coefficient λ, a number, a list over depth or by name, see :mod:`lit_merge.coefficients`; 0.3 is the
+            published choice for eight vision tasks.
         **kwargs: See :class:`~lit_merge.MergeModule`.
 
     Source: Ilharco et al., Editing Models with Task Arithmetic, section 4, arXiv 2212.04089.
     """
 
-    def __init__(self, scale: float = 0.3, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
+    def __init__(self, scale: Coefficient = 0.3, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
         super().__init__(**kwargs)
         self.scale = scale
 
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: one tensor."""
+        return "tensor"
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ Σ τ_t; every tensor is summed."""
-        return bank.contract(self.scale)
+        return bank.contract(bank.columns(self.scale))

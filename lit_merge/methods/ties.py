@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lit_merge import functional
+from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Ties",)
 
@@ -34,7 +38,7 @@ class Ties(MergeModule):
         self,
         density: float = 0.2,
         reduce: Literal["mean", "sum"] = "mean",
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
@@ -46,7 +50,19 @@ class Ties(MergeModule):
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · TIES; all tensors are trimmed together."""
-        kept = functional.ties(bank.deltas, self.density)
-        if self.reduce == "sum":
-            return bank.offset(functional.sum_merge(kept, self.scale))
-        return bank.offset(functional.disjoint_mean_merge(kept), self.scale)
+        return self._merge(bank)
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: thresholds, and the majority of all signs."""
+        return "statistics"
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the thresholds of the network."""
+        return partial(self._merge, facts=functional.ties_facts(pieces, self.density))
+
+    def _merge(self, bank: TaskVectors, facts: functional.TiesFacts | None = None) -> dict[str, Tensor]:
+        kept = functional.ties(bank.deltas, self.density, facts=facts)
+        merged = functional.sum_merge(kept, 1.0) if self.reduce == "sum" else functional.disjoint_mean_merge(kept)
+        del kept  # as large as the bank
+        return bank.offset(merged, self.scale)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.data.batches import LabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import Factors, SvdMethod
@@ -52,7 +53,7 @@ class TsvCompress(OnMatrices):
         tolerance: float = 1e-6,
         decomposition: SvdMethod = "auto",
         cache_dir: str | None = None,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(scale=scale, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.coefficients import Coefficient
 from lit_merge.decomposition_cache import DecompositionCache
 from lit_merge.functional.decompositions import SvdMethod, truncated_svd
 from lit_merge.functional.tsv import Decompose, TsvFacts, tsv_merge
@@ -41,7 +42,7 @@ class TsvMerge(OnMatrices):
 
     def __init__(
         self,
-        scale: float = 1.0,
+        scale: Coefficient = 1.0,
         fraction: float | None = None,
         ridge: float = 0.0,
         tolerance: float = 1e-6,

@@ -11,6 +11,7 @@ from lit_merge.functional.weighted_average import normalized
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("WeightedAverage",)
 
@@ -39,6 +40,11 @@ class WeightedAverage(MergeModule):
         super().__init__(**kwargs)
         self.weights = weights
         self.normalize = normalize
+
+    @property
+    def needs(self) -> Needs:
+        """What the rule has to see at once: one tensor."""
+        return "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + Σ w_t τ_t; every tensor has the same weights."""

@@ -6,6 +6,7 @@ from lit_merge.suites.clip import ClipSuite
 from lit_merge.suites.linearized import LinearizedSuite
 from lit_merge.suites.mini import MiniSuite
 from lit_merge.suites.network import NetworkSuite
+from lit_merge.suites.weights import WeightsSuite
 
 __all__ = (
     "BackdoorSuite",
@@ -16,4 +17,5 @@ __all__ = (
     "NetworkSuite",
     "Split",
     "Suite",
+    "WeightsSuite",
 )

@@ -1,6 +1,6 @@
 """Transforms of task vectors; any of them can stand before any rule."""
 
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 from lit_merge.transforms.breadcrumbs import Breadcrumbs
 from lit_merge.transforms.consensus import Consensus
 from lit_merge.transforms.dare import Dare
@@ -13,9 +13,12 @@ __all__ = (
     "Breadcrumbs",
     "Consensus",
     "Dare",
+    "DeltaMap",
     "Doge",
     "Lines",
     "MagPrune",
+    "Needs",
+    "Pieces",
     "Ties",
     "Transform",
 )

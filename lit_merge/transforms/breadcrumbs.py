@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from lit_merge.functional.breadcrumbs import breadcrumbs
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import Needs, Transform
 
 __all__ = ("Breadcrumbs",)
 
@@ -31,6 +31,11 @@ class Breadcrumbs(Transform):
         self.bottom = bottom
         self.top = top
         self.per: Literal["tensor", "network"] = per
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: what is ranked together."""
+        return "tensor" if self.per == "tensor" else "network"
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return sparse task vectors, ``(T, *shape)`` each."""

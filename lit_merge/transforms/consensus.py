@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.functional.consensus import consensus_mask
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import Needs, Transform
 
 __all__ = ("Consensus",)
 
@@ -32,6 +32,11 @@ class Consensus(Transform):
     def __init__(self, threshold: float | list[float] = 0.4, least: int = 2) -> None:
         self.threshold = threshold
         self.least = least
+
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: one tensor."""
+        return "tensor"
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return masked task vectors, ``(T, *shape)`` each."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge import functional
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("Dare",)
 
@@ -34,7 +34,17 @@ class Dare(Transform):
         self.seed = seed
         self.rescale = rescale
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: one tensor."""
+        return "tensor"
+
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return sparse task vectors, ``(T, *shape)`` each."""
         generator = torch.Generator().manual_seed(self.seed)
         return functional.dare(deltas, self.drop, generator, rescale=self.rescale)
+
+    def streamed(self, pieces: Pieces) -> DeltaMap:
+        """Return what transforms piece by piece, with one sequence of random numbers."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return lambda deltas: functional.dare(deltas, self.drop, generator, rescale=self.rescale)

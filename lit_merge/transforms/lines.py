@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lit_merge.functional.lines import lines
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("Lines",)
 
@@ -31,6 +31,16 @@ class Lines(Transform):
         self.beta = beta
         self.outside = outside
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: one tensor, and the names of all."""
+        return "tensor"
+
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return scaled task vectors, ``(T, *shape)`` each."""
         return lines(deltas, self.alpha, self.beta, outside=self.outside)
+
+    def streamed(self, pieces: Pieces) -> DeltaMap:
+        """Return what transforms piece by piece, with the depth in the whole network."""
+        names = pieces.names
+        return lambda deltas: lines(deltas, self.alpha, self.beta, outside=self.outside, network=names)

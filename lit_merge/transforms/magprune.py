@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.functional.della import magprune
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("MagPrune",)
 
@@ -47,7 +47,17 @@ class MagPrune(Transform):
         self.per: Literal["row", "tensor"] = per
         self.rescale = rescale
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: one tensor."""
+        return "tensor"
+
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return sparse task vectors, ``(T, *shape)`` each."""
         generator = torch.Generator().manual_seed(self.seed)
         return magprune(deltas, self.drop, self.window, generator, per=self.per, rescale=self.rescale)
+
+    def streamed(self, pieces: Pieces) -> DeltaMap:
+        """Return what transforms piece by piece, with one sequence of random numbers."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return lambda deltas: magprune(deltas, self.drop, self.window, generator, per=self.per, rescale=self.rescale)

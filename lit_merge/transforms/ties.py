@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lit_merge import functional
-from lit_merge.transforms.base import Transform
+from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("Ties",)
 
@@ -30,6 +30,16 @@ class Ties(Transform):
     def __init__(self, density: float = 0.2) -> None:
         self.density = density
 
+    @property
+    def needs(self) -> Needs:
+        """What has to be seen at once: thresholds of the network."""
+        return "statistics"
+
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return sparse task vectors, ``(T, *shape)`` each."""
         return functional.ties(deltas, self.density)
+
+    def streamed(self, pieces: Pieces) -> DeltaMap:
+        """Return what transforms piece by piece, with the thresholds of the whole network."""
+        facts = functional.ties_facts(pieces, self.density)
+        return lambda deltas: functional.ties(deltas, self.density, facts=facts)

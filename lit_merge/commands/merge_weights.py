@@ -1,0 +1,124 @@
+"""``lit-merge merge --base … --experts …``: merge folders of safetensors, of any network and any size."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lit_merge.checkpoints.atomic import atomic_path
+from lit_merge.checkpoints.reading import read_state
+from lit_merge.errors import MergeError
+from lit_merge.module import MergeModule
+from lit_merge.parsing import MergeParser
+from lit_merge.provenance import described, versions
+from lit_merge.streaming import PieceReader, stream_merge, why_not_streamed
+from lit_merge.suites.weights import WeightsSuite
+
+__all__ = ("main",)
+
+_OWN = ("base", "experts", "method", "output", "buffers", "shard_size", "overwrite", "progress", "config", "help",
+        "print_config")  # fmt: skip
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# what goes with the weights: config and tokenizer; no code, no other weights
+_BESIDE = (".json", ".txt", ".model", ".jinja")
+_STATISTICS = ("running_mean", "running_var")
+
+
+def main(args: list[str]) -> None:
+    """Merge base and experts into a folder.
+
+    Arguments that are not of the command are those of the method: ``--scale 0.3`` is ``--method.scale 0.3``.
+
+    Args:
+        args: Arguments, without ``merge``.
+
+    Raises:
+        MergeError: Weights do not fit together, the method learns, or there are weights in the folder already.
+        SystemExit: Status 2 for wrong usage, 0 for help.
+    """
+    parser = MergeParser(
+        prog="lit-merge merge",
+        allow_abbrev=False,
+        description="Merge safetensors of any network, piece by piece where the method allows: no network is run, and "
+        "none is whole in memory. Other options are those of the method, such as --scale.",
+    )
+    parser.add_argument("-c", "--config", action="config", help="YAML file with these options.")
+    parser.add_argument("--base", type=str, required=True, help="File, folder or repository ORG/NAME of the hub.")
+    parser.add_argument("--experts", type=str, nargs="+", required=True, help="The same, as many as there are; "
+                        "NAME=... gives one a name.")  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, help="Folder for the merged weights.")
+    parser.add_argument("--buffers", type=str, nargs="*", default=[], help="Names of running statistics, which are "
+                        "averaged; those of batch normalisation are known.")  # fmt: skip
+    parser.add_argument("--shard_size", type=str, default="5GB", help="Most bytes of a file, such as 500MB.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace weights in the folder.")
+    parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
+    parser.add_subclass_arguments(MergeModule, "method", required=True, skip={"objective"}, fail_untyped=False)
+    parser.link_arguments(("base", "experts"), "method.init_args.suite", compute_fn=_suite_config, apply_on="parse")
+    config = parser.parse_args(_of_method(args))
+    model: MergeModule = parser.instantiate_classes(config).method
+    suite = model.suite
+    assert isinstance(suite, WeightsSuite)
+    if (reason := why_not_streamed(model)) is not None:
+        sys.stderr.write(f"merging in memory, not piece by piece: {reason}\n")
+    base = suite.base()
+    reader = PieceReader(
+        base,
+        {task: suite.expert(task) for task in suite.tasks},
+        buffers={*config.buffers, *(name for name in base if name.rpartition(".")[2] in _STATISTICS)},
+        dtype=None if model.storage_dtype is None else getattr(torch, model.storage_dtype),
+        progress=config.progress,
+    )
+    facts = {
+        "schema": 1,
+        "method": type(model).__name__,
+        "suite": suite.name,
+        **described(model),
+        "sources": suite.sources(),
+        "versions": versions(),
+        "config": parser.dump(config, skip_link_targets=True),
+    }
+    path = stream_merge(
+        model, reader, config.output, facts, shard_bytes=_bytes(config.shard_size), overwrite=config.overwrite
+    )
+    copied = _copy_beside(suite.folder, Path(config.output))
+    with_them = f", with {', '.join(copied)} of the base" if copied else ""
+    sys.stdout.write(f"merged network: {path} ({len(read_state(path))} tensors{with_them})\n")
+
+
+def _suite_config(base: str, experts: list[str]) -> dict[str, object]:
+    return {"class_path": "lit_merge.suites.WeightsSuite", "init_args": {"base": base, "experts": experts}}
+
+
+def _of_method(args: Sequence[str]) -> list[str]:
+    """Say of options that are not the command's that they are the method's."""
+    found = []
+    for text in args:
+        name = text[2:].partition("=")[0].partition(".")[0]
+        mine = not text.startswith("--") or name.removesuffix("+") in _OWN
+        found.append(text if mine else f"--method.{text[2:]}")
+    return found
+
+
+def _bytes(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise MergeError(f"shard_size: expected a size such as 500MB or 5GB, found {text!r}")
+    return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
+
+
+def _copy_beside(source: Path, target: Path) -> list[str]:
+    """Copy config and tokenizer of the base, if they are not there."""
+    copied = []
+    for path in sorted(source.iterdir()):
+        old = path.name in ("merge.json", "report.json") or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix in _BESIDE and not old and not (target / path.name).exists():
+            with atomic_path(target / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+            copied.append(path.name)
+    return copied
