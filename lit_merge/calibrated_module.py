@@ -16,6 +16,7 @@ from lit_merge.data.datasets import Indexed
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs
 
 __all__ = ("CalibratedModule", "ImageOrder", "ImageSource")
 
@@ -152,6 +153,11 @@ class CalibratedModule(MergeModule):
         return any(fnmatchcase(name, pattern) for pattern in self.at_base)
 
     # The merge ---------------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> Needs:
+        """Images: no merge of weights alone."""
+        return "data"
 
     @property
     def needs_images(self) -> bool:

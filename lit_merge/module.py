@@ -238,6 +238,7 @@ class MergeModule(AdaptationSteps, ABC):
     @torch.no_grad()
     def merged_state(self) -> dict[str, Tensor]:
         """State dict of the merged network, with the keys of the base: what :meth:`export` writes."""
+        self.configure_model()  # a merge that went piece by piece has read no network
         return self.complete(self.merge(self.bank))
 
     def expert_state(self, task: str) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def why_not_streamed(model: MergeModule) -> str | None:
     """
     name = type(model).__name__
     if model.needs == "data":
-        return f"{name} learns its merge"
+        return f"{name} learns its merge" if model.learnable else f"{name} is calibrated with images"
     if model.buffer_policy == "recalibrate":
         return "buffers: recalibrate runs the merged network"
     parts: tuple[MergeModule | Transform, ...] = (model, *model.transforms)
@@ -215,7 +215,7 @@ def stream_merge(
         MergeError: The merge learns, base and experts do not fit together, or there are weights already.
     """
     if model.needs == "data" or model.buffer_policy == "recalibrate":
-        raise MergeError(f"{why_not_streamed(model)}; it needs a suite with images: lit-merge fit --config …")
+        raise MergeError(f"{why_not_streamed(model)}; it needs a suite with images: lit-merge fit or merge --config …")
     last = False
 
     def read(label: str) -> Iterator[TaskVectors]:

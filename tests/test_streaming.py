@@ -35,6 +35,7 @@ TENSOR: list[tuple[str, dict[str, Any]]] = [
     ("Pcb", {"per": "tensor"}), ("Consensus", {}), ("TallMasks", {}), ("Emr", {}), ("ModelStock", {"per": "row"}),
     ("KarcherMean", {}), ("Slerp", {}), ("NuSlerp", {}), ("Lines", {}), ("TsvMerge", {}), ("TsvCompress", {}),
     ("IsoC", {"scale": [0.5, 1.5]}), ("IsoCts", {}),
+    ("Svc", {}),
 ]  # fmt: skip
 STATISTICS: list[tuple[str, dict[str, Any]]] = [("Ties", {}), ("Ties", {"reduce": "sum", "scale": 0.3}), ("Della", {})]
 NETWORK: list[tuple[str, dict[str, Any]]] = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lit_merge.functional.sums import sum_merge
 from lit_merge.functional.svc import svc
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Svc",)
 
@@ -67,13 +68,21 @@ class Svc(MergeModule):
         self._statistics: dict[str, Tensor] = {}
         self._made: tuple[TaskVectors, dict[str, Tensor]] | None = None
 
+    @property
+    def needs(self) -> Needs:
+        """One tensor at a time, or all of a merge that was given."""
+        return "tensor" if self.merged is None else "network"
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges a piece, and keeps nothing of it."""
+        return lambda bank: bank.offset(self._calibrated(bank))
+
     @torch.no_grad()
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the calibrated merge, which is made when it is first asked for."""
         with torch.autocast(self.device.type, enabled=False):
             if self._made is None or self._made[0] is not bank:
-                merged = self._merged_deltas(bank)
-                self._made = (bank, svc(merged, bank.deltas, self.alpha, self.exclude, self.decomposition))
+                self._made = (bank, self._calibrated(bank))
             return bank.offset({name: value.to(self.device) for name, value in self._made[1].items()})
 
     def complete(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -81,10 +90,15 @@ class Svc(MergeModule):
         statistics = {} if self.buffer_policy == "recalibrate" else self._statistics
         return super().complete(parameters) | {name: value.to(self.device) for name, value in statistics.items()}
 
+    def _calibrated(self, bank: TaskVectors) -> dict[str, Tensor]:
+        return svc(self._merged_deltas(bank), bank.deltas, self.alpha, self.exclude, self.decomposition)
+
     def _merged_deltas(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Task vector of the merge that is calibrated, ``(*shape)`` each."""
         if self.merged is None:
             return sum_merge({name: delta.to(bank.compute_dtype) for name, delta in bank.deltas.items()}, self.scale)
+        if not hasattr(self, "skeleton"):  # base and experts by themselves do not say what running statistics are
+            raise MergeError("Svc.merged: a merge that is given needs a suite: lit-merge merge --config svc.yaml …")
         given = isinstance(self.merged, Mapping)
         where = "Svc.merged" if given else f"Svc.merged {self.merged}"
         state = self.merged if isinstance(self.merged, Mapping) else read_state(weights_file(Path(self.merged)))

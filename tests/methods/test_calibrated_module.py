@@ -16,7 +16,9 @@ from lit_merge import MergeError, MergeTrainer, TaskDataModule
 from lit_merge import functional as F
 from lit_merge.calibrated_module import CalibratedModule
 from lit_merge.callbacks import Report
+from lit_merge.checkpoints.reading import read_state
 from lit_merge.methods import FisherMerging, RegMean, RegMeanPlusPlus, Svc, TaskArithmetic
+from lit_merge.streaming import why_not_streamed
 from lit_merge.suites import Suite
 
 
@@ -165,10 +167,25 @@ def test_svc_of_any_merge(tmp_path: Path) -> None:
         again.configure_model()
         for name, value in direct.merged_state().items():
             torch.testing.assert_close(again.merged_state()[name], value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(MergeError, match=r"Svc\.merged: a merge that is given needs a suite"):
+        Svc(merged=path, suite=suite).merge(direct.bank)
     other = Svc(merged=dict(ToySuite("mlp").base()), suite=suite)
     other.configure_model()
     with pytest.raises(MergeError, match=r"Svc\.merged: its tensors are not those of the network"):
         other.merged_state()
+
+
+def test_without_images_there_is_no_merge_of_weights_alone(tmp_path: Path) -> None:
+    suite = ToySuite("mlp", train=True)
+    assert why_not_streamed(RegMean(suite=suite)) == "RegMean is calibrated with images"
+    path = MergeTrainer(**TINY).merge(RegMean(suite=suite), output=tmp_path / "regmean")  # in memory
+    expected = made(RegMean, suite).merged_state()
+    assert all(torch.equal(value, expected[name]) for name, value in read_state(path).items())
+    merge = Svc(suite=suite)
+    assert why_not_streamed(merge) is None
+    path = MergeTrainer(**TINY).merge(merge, output=tmp_path / "svc")  # piece by piece
+    expected = merge.merged_state()
+    assert all(torch.equal(value, expected[name]) for name, value in read_state(path).items())
 
 
 @pytest.mark.parametrize(
