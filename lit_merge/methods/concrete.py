@@ -12,6 +12,7 @@ from lit_merge.adaptation import Batches
 from lit_merge.data.parts import split_batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.masked import Mask
 from lit_merge.masked_module import MaskedMergeModule, Seen
 from lit_merge.task_vectors import Granularity, TaskVectors
@@ -130,6 +131,7 @@ class ConcreteMerging(MaskedMergeModule):
                 raise MergeError(f"{type(self).__name__}.{name}: expected at least 0, found {value}")
         self.learned = coefficients == "learned"
         self.granularity: Granularity = granularity
+        check_finite(f"{type(self).__name__}.init", init)
         self.init = init
         self.mask_steps = mask_steps
         self.mask_rate = mask_rate

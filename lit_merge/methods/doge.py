@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_merge.data_free_module import DataFreeModule
 from lit_merge.functional.doge import DogeProblem, Offsets, masked_vectors, task_aware_coefficients
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import LayerChoice, Others, merge_other
 from lit_merge.task_vectors import TaskVectors
 
@@ -62,6 +63,7 @@ class Doge(DataFreeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(layers=layers, exclude=exclude, others=others, **kwargs)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.relative = relative
         self.density = density

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.pcb import PcbFormula, pcb_merge
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -39,6 +40,7 @@ class Pcb(MergeModule):
     ) -> None:
         super().__init__(**kwargs)
         self.density = density
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.formula: PcbFormula = formula
         self.per: Literal["network", "tensor"] = per
