@@ -31,9 +31,10 @@ def check_finite(name: str, value: object, *, least: float | None = None, above:
     for number in _numbers(value):
         small = (least is not None and number < least) or (above is not None and number <= above)
         if small or not math.isfinite(number):
-            bound = "" if least is None else f", at least {least:g}"
-            bound += "" if above is None else f", above {above:g}"
-            raise MergeError(f"{name}: expected finite numbers{bound}, found {number}")
+            wanted = "finite numbers" if least is None else f"at least {least:g}"
+            wanted = wanted if above is None else f"a number above {above:g}"
+            also = " and finite" if number == math.inf and wanted != "finite numbers" else ""
+            raise MergeError(f"{name}: expected {wanted}{also}, found {number}")
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -126,9 +126,8 @@ class ConcreteMerging(MaskedMergeModule):
         self.final_mask: FinalMask = chosen.final_mask if final_mask is None else final_mask
         self._one_of("inner_step", self.inner_step, get_args(InnerStep))
         self._one_of("final_mask", self.final_mask, get_args(FinalMask))
-        for name, value in (("mask_steps", mask_steps), ("inner_rate", self.inner_rate), ("mask_rate", mask_rate or 0)):
-            if not value >= 0:
-                raise MergeError(f"{type(self).__name__}.{name}: expected at least 0, found {value}")
+        for name, value in (("mask_steps", mask_steps), ("inner_rate", self.inner_rate), ("mask_rate", mask_rate)):
+            check_finite(f"{type(self).__name__}.{name}", value, least=0)
         self.learned = coefficients == "learned"
         self.granularity: Granularity = granularity
         check_finite(f"{type(self).__name__}.init", init)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_merge.coefficients import Coefficient
 from lit_merge.functional.consensus import consensus_merge
 from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -52,7 +53,7 @@ class Consensus(MergeModule):
         self.threshold = threshold
         self.least = least
         self.multi_task: MultiTask = multi_task
-        self.density = density
+        self.density = share("Consensus.density", density)
 
     @property
     def needs(self) -> Needs:

@@ -12,6 +12,7 @@ from lit_merge.data_free_module import DataFreeModule
 from lit_merge.functional.doge import DogeProblem, Offsets, masked_vectors, task_aware_coefficients
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import LayerChoice, Others, merge_other
+from lit_merge.functional.scopes import share
 from lit_merge.task_vectors import TaskVectors
 
 __all__ = ("Doge",)
@@ -66,7 +67,7 @@ class Doge(DataFreeModule):
         check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.relative = relative
-        self.density = density
+        self.density = share("Doge.density", density)
         self.subspace = subspace
         self.offsets: Offsets = offsets
 

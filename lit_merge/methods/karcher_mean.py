@@ -52,6 +52,7 @@ class KarcherMean(MergeModule):
         check_finite(f"{type(self).__name__}.weights", weights, least=0)
         self.weights = weights
         self.per: Scope = per
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, above=0)
         self.tolerance = tolerance
         self.max_steps = max_steps
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.scopes import Scope
+from lit_merge.functional.scopes import Scope, share
 from lit_merge.functional.spherical import Lengths, slerp
 from lit_merge.functional.weighted_average import normalized
 from lit_merge.methods._task_weights import TaskWeights, task_weights
@@ -49,7 +49,7 @@ class NuSlerp(MergeModule):
         self.weights = weights
         self.per: Scope = per
         self.lengths: Lengths = lengths
-        self.threshold = threshold
+        self.threshold = share("NuSlerp.threshold", threshold, zero=True)
 
     @property
     def needs(self) -> Needs:

@@ -112,8 +112,8 @@ class AdversarialMasking(MaskedMergeModule):
         super().__init__(**kwargs)
         self._one_of("unit", unit, get_args(MaskUnit))
         self._one_of("final_mask", final_mask, get_args(FinalMask))
-        if not alpha >= 0:
-            raise MergeError(f"{type(self).__name__}.alpha: expected at least 0, found {alpha}")
+        check_finite(f"{type(self).__name__}.alpha", alpha, least=0)
+        check_finite(f"{type(self).__name__}.start", start)
         self.merged: Mapping[str, Tensor] | str | None = network if isinstance(network, Mapping) else merged
         check_finite(f"{type(self).__name__}.init", init)
         self.init = init

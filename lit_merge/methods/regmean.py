@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_merge.calibrated_module import CalibratedModule
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import Others, merge_other
 from lit_merge.functional.linear_inputs import LinearInputs, linear_weights
 from lit_merge.functional.regmean import NormalEquations
@@ -53,8 +54,7 @@ class RegMean(CalibratedModule):
         self._one_of("others", others, get_args(Others))
         if not 0 <= off_diagonal <= 1:
             raise MergeError(f"{type(self).__name__}.off_diagonal: expected [0, 1], found {off_diagonal}")
-        if not ridge >= 0:
-            raise MergeError(f"{type(self).__name__}.ridge: expected at least 0, found {ridge}")
+        check_finite(f"{type(self).__name__}.ridge", ridge, least=0)
         self.off_diagonal = off_diagonal
         self.ridge = ridge
         self.per_row = per_row

@@ -12,6 +12,7 @@ from lit_merge import functional
 from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs, Pieces
@@ -45,7 +46,7 @@ class Ties(MergeModule):
         super().__init__(**kwargs)
         if reduce not in ("mean", "sum"):
             raise MergeError(f"Ties.reduce: expected mean or sum, found {reduce!r}")
-        self.density = density
+        self.density = share("Ties.density", density)
         self.reduce = reduce
         check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale

@@ -203,8 +203,8 @@ def test_svc_by_the_formula() -> None:
         (lambda w: F.regmean(w, {}, others=cast("Any", "all")), "others: expected base, mean or sum"),
         (lambda w: F.NormalEquations(2.0), r"off_diagonal: expected a factor in \[0, 1\], found 2.0"),
         (lambda w: F.NormalEquations().solve(-1), "ridge: expected at least 0, found -1"),
-        (lambda w: F.svc({"w": w["w"][0]}, w, alpha=0), "alpha: expected finite numbers, above 0, found 0"),
-        (lambda w: F.FisherAverage(floor=0), "floor: expected finite numbers, above 0, found 0"),
+        (lambda w: F.svc({"w": w["w"][0]}, w, alpha=0), "alpha: expected a number above 0, found 0"),
+        (lambda w: F.FisherAverage(floor=0), "floor: expected a number above 0, found 0"),
         (
             lambda w: F.diagonal_fisher(toy_logits, {}, IMAGES, target=cast("Any", "a")),
             "target: expected expected, sampled",

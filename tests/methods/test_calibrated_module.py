@@ -197,10 +197,10 @@ def test_without_images_there_is_no_merge_of_weights_alone(tmp_path: Path) -> No
         (RegMeanPlusPlus, {"off_diagonal": 2}, r"RegMeanPlusPlus\.off_diagonal: expected \[0, 1\], found 2"),
         (RegMean, {"ridge": -1}, r"RegMean\.ridge: expected at least 0, found -1"),
         (FisherMerging, {"target": "true"}, r"FisherMerging\.target: expected expected, sampled, labels or root"),
-        (FisherMerging, {"floor": 0.0}, r"FisherMerging\.floor: expected finite numbers, above 0, found 0"),
+        (FisherMerging, {"floor": 0.0}, r"FisherMerging\.floor: expected a number above 0, found 0"),
         (FisherMerging, {"weights": [1.0, 0.0, 2.0]}, r"FisherMerging\.weights: .* above 0, found 0"),
         (FisherMerging, {"target": "labels", "image_source": "adapt"}, "labels are those of images that are scored"),
-        (Svc, {"alpha": 0}, r"Svc\.alpha: expected finite numbers, above 0, found 0"),
+        (Svc, {"alpha": 0}, r"Svc\.alpha: expected a number above 0, found 0"),
     ],
 )
 def test_refuses(kind: Any, kwargs: dict[str, Any], message: str) -> None:
