@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,24 @@ from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton
 from lit_merge.teachers import TeacherCache
 
-__all__ = ("AdaptationSteps", "Batches")
+__all__ = ("AdaptationSteps", "Batches", "Perturbed")
 
 Batches = dict[str, UnlabelledBatch]
+
+
+class Perturbed(NamedTuple):
+    """What becomes of a task's images under its perturbation.
+
+    Attributes:
+        logits: ``(B, C)``, for the objective.
+        loss: What is to be added to the objective, a mean over images.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None = None
+
+
+_UNPERTURBED = Perturbed(None)
 
 
 class AdaptationSteps(EvaluationSteps):
@@ -72,20 +88,34 @@ class AdaptationSteps(EvaluationSteps):
     ) -> Iterator[Tensor]:
         """Sum of the losses of each chunk; logits and single losses are noted on the way."""
         for chunk in chunks(batch, self.max_images):
-            images = {task: batch[task].images for task in chunk}
-            found = self.all_outputs(state, images)
-            shaken: Mapping[str, tuple[Tensor | None, Tensor | None]] = {}
-            if self.perturbations is not None and self.objective.ascent is not None:
-                self.climb(state, batch, {task: logits.detach().argmax(-1) for task, (_, logits) in found.items()})
-                shaken = self.all_outputs(state, {task: self.perturbations(task, images[task]) for task in chunk})
+            found = self.all_outputs(state, {task: batch[task].images for task in chunk})
+            shaken = self.perturbed(state, batch, {task: logits.detach() for task, (_, logits) in found.items()})
             total: list[Tensor] = []
             for task, (features, logits) in found.items():
+                under = shaken.get(task, _UNPERTURBED)
                 output = self._task_output(task, batch[task], logits, features)
-                loss = self.objective(output._replace(perturbed_logits=shaken.get(task, (None, None))[1]))
+                loss = self.objective(output._replace(perturbed_logits=under.logits))
+                loss = loss if under.loss is None else loss + under.loss
                 total.append(loss * batch[task].share)
                 losses[task] = loss.detach()
                 outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
             yield torch.stack(total).sum()
+
+    def perturbed(
+        self, state: Mapping[str, Tensor], batch: Batches, logits: Mapping[str, Tensor]
+    ) -> dict[str, Perturbed]:
+        """Move the perturbations of some tasks uphill, if there are any, and run the network on the images under them.
+
+        Args:
+            state: Complete state dict, from which the losses are computed.
+            batch: Images of all tasks.
+            logits: ``(B, C)`` without a perturbation, constants, of the tasks that are meant.
+        """
+        if self.perturbations is None or self.objective.ascent is None:
+            return {}
+        self.climb(state, batch, {task: found.argmax(-1) for task, found in logits.items()})
+        shaken = {task: self.perturbations(task, batch[task].images) for task in logits}
+        return {task: Perturbed(found) for task, (_, found) in self.all_outputs(state, shaken).items()}
 
     def climb(self, state: Mapping[str, Tensor], batch: Batches, classes: Mapping[str, Tensor]) -> None:
         """Move the universal perturbations of some tasks uphill, with a network's weights as constants.
@@ -134,6 +164,9 @@ class AdaptationSteps(EvaluationSteps):
 def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:
     """Group tasks whose images have the same shape, up to ``most`` images a group.
 
+    All ranks group alike, as those that climb together must: a rank with an image less counts the others' number, which
+    follows from its share.
+
     >>> b = {t: UnlabelledBatch(torch.zeros(4, 1, 2, 2), torch.arange(4)) for t in "abc"}
     >>> chunks(b, 8), chunks(b, None)
     ([['a', 'b'], ['c']], [['a', 'b', 'c']])
@@ -143,9 +176,10 @@ def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[
     for task, part in batch.items():
         images = part.images
         same = groups and batch[groups[-1][0]].images.shape[1:] == images.shape[1:]
-        if not same or (most is not None and size + len(images) > most):
+        count = ceil(len(images) / part.share - 1e-6) if part.share else len(images)  # the largest of any rank
+        if not same or (most is not None and size + count > most):
             groups.append([])
             size = 0
         groups[-1].append(task)
-        size += len(images)
+        size += count
     return groups

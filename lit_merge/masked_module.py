@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_merge.adaptation import Batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, final_mask, rescale_mask
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.leaf_gradient import accumulate, leaf_loss, leaves
 from lit_merge.functional.masked import Mask
 from lit_merge.module import MergeModule
@@ -75,8 +76,7 @@ class MaskedMergeModule(MergeModule):
     def __init__(self, temperature: float = 0.5, mask_seed: int = 0, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(**kwargs)
         self.automatic_optimization = False
-        if not temperature > 0:
-            raise MergeError(f"{type(self).__name__}.temperature: expected a number above 0, found {temperature}")
+        check_finite(f"{type(self).__name__}.temperature", temperature, above=0)
         self.temperature = temperature
         self.mask_seed = mask_seed
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_merge.errors import MergeError
 from lit_merge.functional.scopes import check_scope, flat, scopes, share
 
-__all__ = ("breadcrumbs",)
+__all__ = ("breadcrumbs", "kept_share")
 
 
 def breadcrumbs(
@@ -44,9 +44,7 @@ def breadcrumbs(
     {'w': tensor([[ 0., -4.,  3.,  0.,  0.]])}
     """
     check_scope(per, ("tensor", "network"))
-    density = 1 - share("bottom", bottom, zero=True) - share("top", top, zero=True)
-    if bottom + top >= 1:
-        raise MergeError(f"breadcrumbs: bottom + top must be below 1, found {bottom} + {top}")
+    density = kept_share(bottom, top)
     sparse = {}
     for names in scopes(deltas, per):
         tasks = len(deltas[names[0]]) if names else 0
@@ -57,6 +55,18 @@ def breadcrumbs(
             inside = (delta.abs() >= low.to(delta).reshape(shape)) & (delta.abs() <= high.to(delta).reshape(shape))
             sparse[name] = torch.where(inside, delta, 0)
     return {name: sparse[name] for name in deltas}
+
+
+def kept_share(bottom: float, top: float) -> float:
+    """Return the share of entries that stay.
+
+    Raises:
+        MergeError: A share is outside [0, 1], or nothing is left between them.
+    """
+    density = 1 - share("bottom", bottom, zero=True) - share("top", top, zero=True)
+    if bottom + top >= 1:
+        raise MergeError(f"breadcrumbs: bottom + top must be below 1, found {bottom} + {top}")
+    return density
 
 
 def _bounds(values: Tensor, density: float, top: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.scopes import wide
 
 __all__ = ("consensus_mask", "consensus_merge", "tall_masks")
@@ -122,7 +123,8 @@ def _of(multi_task: Mapping[str, Tensor] | None, name: str) -> Tensor | None:
 def _tall(delta: Tensor, threshold: float | Sequence[float], multi_task: Tensor | None) -> Tensor:
     """Masks of one tensor, ``(T, *shape)``."""
     given = [threshold] * len(delta) if isinstance(threshold, int | float) else list(threshold)
-    if len(given) != len(delta) or not all(value >= 0 for value in given):
+    check_finite("threshold", given, least=0)
+    if len(given) != len(delta):
         raise MergeError(f"threshold: expected a number or {len(delta)}, one per task, at least 0, found {threshold}")
     delta = wide(delta)
     whole = delta.sum(0) if multi_task is None else wide(multi_task)

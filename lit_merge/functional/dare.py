@@ -12,7 +12,19 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 
-__all__ = ("dare",)
+__all__ = ("check_drop", "dare")
+
+
+def check_drop(drop: float, window: float = 0.0) -> None:
+    """Refuse probabilities, from ``drop - window / 2`` to ``drop + window / 2``, that are outside of [0, 1).
+
+    Raises:
+        MergeError: They are.
+    """
+    if not (window >= 0 and drop - window / 2 >= 0 and drop + window / 2 < 1):
+        around = f" ± {window / 2}" if window else ""
+        name = "drop ± window/2: expected probabilities" if window else "drop: expected a probability"
+        raise MergeError(f"{name} in [0, 1), found {drop}{around}")
 
 
 def dare(
@@ -42,8 +54,7 @@ def dare(
     >>> dare({"w": torch.ones(1, 6)}, drop=0.5, generator=torch.Generator().manual_seed(0))
     {'w': tensor([[0., 2., 0., 0., 0., 2.]])}
     """
-    if not 0 <= drop < 1:
-        raise MergeError(f"drop: expected a probability in [0, 1), found {drop}")
+    check_drop(drop)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     factor = 1 / (1 - drop) if rescale else 1.0
     sparse = {}

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_merge.errors import MergeError
+from lit_merge.functional.dare import check_drop
 from lit_merge.functional.scopes import as_rows, check_scope, wide
 from lit_merge.functional.ties import disjoint_mean_merge, elect_signs
 
@@ -53,8 +53,7 @@ def magprune(
     tensor([[0.0000, 0.5000, 0.0000, 0.0000]])
     """
     check_scope(per, ("row", "tensor"))
-    if not (window >= 0 and drop - window / 2 >= 0 and drop + window / 2 < 1):
-        raise MergeError(f"drop ± window/2: expected probabilities in [0, 1), found {drop} ± {window / 2}")
+    check_drop(drop, window)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     sparse = {}
     for name in sorted(deltas):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 
 __all__ = ("FisherAverage", "fisher_merge")
 
@@ -34,8 +35,7 @@ class FisherAverage:
     """
 
     def __init__(self, normalize: bool = True, floor: float = 1e-6) -> None:
-        if not 0 < floor < float("inf"):
-            raise MergeError(f"floor: expected a number above 0, found {floor}")
+        check_finite("floor", floor, above=0)
         self.normalize = normalize
         self.floor = floor
         self._above: dict[str, Tensor] = {}
@@ -53,8 +53,7 @@ class FisherAverage:
         Raises:
             MergeError: Names, shapes or the weight are wrong.
         """
-        if not 0 < weight < float("inf"):
-            raise MergeError(f"weights: expected numbers above 0, found {weight}")
+        check_finite("weights", weight, above=0)
         if set(deltas) != set(fisher):
             differing = ", ".join(sorted(set(deltas) ^ set(fisher)))
             raise MergeError(f"fisher: expected the names of the task vectors, they differ in {differing}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.scopes import Scope, check_scope, combine, gram
 
 __all__ = ("Lengths", "karcher_mean", "slerp")
@@ -43,8 +44,10 @@ def slerp(
         t: Where between the first (0) and the second (1), in [0, 1].
         base: Weights of the base, ``(*shape)`` each, to interpolate weights as in common practice.
         per: What has an angle: a ``row``, a ``tensor`` (as in mergekit) or the ``network``.
-        lengths: ``blend``: the formula applied to a and b as they are, as in mergekit; ``linear``: applied to their
-            directions, and the length interpolated linearly, so that it never falls short.
+        lengths: ``blend``: the formula applied to a and b as they are, as in mergekit; where their lengths differ the
+            result is longer than either the wider the angle, halfway (‖b‖ − ‖a‖) / (2 cos(Ω / 2)) near 180°, which only
+            the threshold bounds. ``linear``: applied to their directions, and the length interpolated linearly, so
+            that it lies between theirs.
         threshold: Largest |cos Ω| with an arc.
 
     Returns:
@@ -56,6 +59,9 @@ def slerp(
     >>> halfway = slerp({"w": torch.tensor([[2.0, 0.0], [0.0, 2.0]])})["w"]
     >>> halfway, halfway.norm()
     (tensor([1.4142, 1.4142]), tensor(2.0000))
+    >>> wide = {"w": torch.tensor([[1.0, 0.0], [-2.0, 0.1]])}  # 177°
+    >>> slerp(wide)["w"].norm(), slerp(wide, lengths="linear")["w"].norm()  # 1 / (2 cos 88.6°) and 1.5
+    (tensor(20.1186), tensor(1.5012))
     """
     check_scope(per, ("row", "tensor", "network"))
     _check(lengths, deltas)
@@ -124,7 +130,8 @@ def karcher_mean(
     coefficients = {}
     for name, g in gram(deltas, per, base).items():
         given = [1.0] * g.shape[-1] if weights is None else list(weights)
-        if len(given) != g.shape[-1] or min(given) < 0 or not sum(given) > 0:
+        check_finite("weights", given, least=0)
+        if len(given) != g.shape[-1] or not sum(given) > 0:
             raise MergeError(f"weights: expected {g.shape[-1]} numbers, at least 0 and not all 0, found {given}")
         w = torch.tensor(given, dtype=g.dtype, device=g.device)
         coefficients[name] = _centre(g, w / w.sum(), tolerance, max_steps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import SvdMethod, truncated_svd
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.matrices import MatrixPolicy
 
 __all__ = ("calibration_factors", "svc")
@@ -77,8 +78,7 @@ def svc(
     >>> svc({"w": tasks["w"].sum(0)}, tasks, alpha=0.5)["w"].diag()  # 4 · 2 / (2 + 2), 1 · 2 / (1 + 0.5)
     tensor([2.0000, 1.3333])
     """
-    if not alpha > 0:
-        raise MergeError(f"alpha: expected a number above 0, found {alpha}")
+    check_finite("alpha", alpha, above=0)
     if set(merged) != set(deltas):
         raise MergeError(f"svc: merge and task vectors differ in {', '.join(sorted(set(merged) ^ set(deltas)))}")
     policy, result = MatrixPolicy(exclude=exclude), {}

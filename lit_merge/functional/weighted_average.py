@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.scopes import wide
 
 __all__ = ("normalized", "weighted_average")
@@ -17,13 +18,14 @@ def normalized(weights: Sequence[float]) -> list[float]:
     """Divide weights by their sum.
 
     Raises:
-        MergeError: The sum is zero or not finite.
+        MergeError: A weight is not finite, or the sum is zero.
 
     >>> normalized([1, 3])
     [0.25, 0.75]
     """
+    check_finite("weights", weights)
     total = float(sum(weights))
-    if total == 0 or not abs(total) < float("inf"):
+    if total == 0:
         raise MergeError(f"weights: expected numbers whose sum is not 0, found {list(weights)}")
     return [weight / total for weight in weights]
 
@@ -44,13 +46,14 @@ def weighted_average(
         Merged task vector, ``(*shape)`` each.
 
     Raises:
-        MergeError: The number of weights is not T, or their sum is zero.
+        MergeError: The number of weights is not T, one is not finite, or their sum is zero.
 
     Source: Wortsman et al., Model soups, arXiv 2203.05482 (equal weights); mergekit's ``linear``.
 
     >>> weighted_average({"w": torch.tensor([[4.0, 0.0], [0.0, 8.0]])}, [1, 3])
     {'w': tensor([1., 6.])}
     """
+    check_finite("weights", weights)
     shares = normalized(weights) if normalize else list(weights)
     merged = {}
     for name, delta in deltas.items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.matrices import MatrixPolicy, Others
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -43,6 +44,7 @@ class OnMatrices(MergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.policy = MatrixPolicy(others, convolutions, tuple(exclude) if not isinstance(exclude, str) else exclude)
         self._made: tuple[TaskVectors, torch.device, dict[str, Tensor]] | None = None

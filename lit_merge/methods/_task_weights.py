@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 
 __all__ = ("TaskWeights", "task_weights")
 
@@ -19,11 +20,12 @@ def task_weights(weights: Sequence[float] | Mapping[str, float] | None, tasks: S
         tasks: Names of the tasks.
 
     Raises:
-        MergeError: There is not exactly one weight per task.
+        MergeError: There is not exactly one weight per task, or one is not finite.
 
     >>> task_weights({"b": 3.0, "a": 1.0}, ("a", "b")), task_weights(None, ("a", "b"))
     ([1.0, 3.0], [1.0, 1.0])
     """
+    check_finite("weights", weights)
     if weights is None:
         return [1.0] * len(tasks)
     if isinstance(weights, Mapping):

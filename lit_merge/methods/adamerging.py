@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_merge.coefficients import Coefficient, Tying, start_values, tying
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 
@@ -55,6 +56,7 @@ class AdaMerging(MergeModule):
         if bounds is not None and softmax:
             raise MergeError("AdaMerging: bounds and softmax exclude each other; softmax coefficients lie in (0, 1)")
         self.granularity: Tying = granularity
+        check_finite(f"{type(self).__name__}.init", init)
         self.init = init
         self.bounds = bounds
         self.softmax = softmax

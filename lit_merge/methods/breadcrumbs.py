@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.sums import sum_merge
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -42,6 +43,7 @@ class Breadcrumbs(MergeModule):
     ) -> None:
         super().__init__(**kwargs)
         self.transform = BreadcrumbsTransform(bottom, top, per)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
 
     @property

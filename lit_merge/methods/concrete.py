@@ -12,6 +12,7 @@ from lit_merge.adaptation import Batches
 from lit_merge.data.parts import split_batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.masked import Mask
 from lit_merge.masked_module import MaskedMergeModule, Seen
 from lit_merge.task_vectors import Granularity, TaskVectors
@@ -125,11 +126,11 @@ class ConcreteMerging(MaskedMergeModule):
         self.final_mask: FinalMask = chosen.final_mask if final_mask is None else final_mask
         self._one_of("inner_step", self.inner_step, get_args(InnerStep))
         self._one_of("final_mask", self.final_mask, get_args(FinalMask))
-        for name, value in (("mask_steps", mask_steps), ("inner_rate", self.inner_rate), ("mask_rate", mask_rate or 0)):
-            if not value >= 0:
-                raise MergeError(f"{type(self).__name__}.{name}: expected at least 0, found {value}")
+        for name, value in (("mask_steps", mask_steps), ("inner_rate", self.inner_rate), ("mask_rate", mask_rate)):
+            check_finite(f"{type(self).__name__}.{name}", value, least=0)
         self.learned = coefficients == "learned"
         self.granularity: Granularity = granularity
+        check_finite(f"{type(self).__name__}.init", init)
         self.init = init
         self.mask_steps = mask_steps
         self.mask_rate = mask_rate

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
 from lit_merge.functional.consensus import consensus_merge
+from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -44,11 +46,14 @@ class Consensus(MergeModule):
     ) -> None:
         super().__init__(**kwargs)
         check_multi_task(multi_task)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
+        check_finite("Consensus.threshold", threshold, least=0)
+        check_finite("Consensus.least", least, least=1)
         self.threshold = threshold
         self.least = least
         self.multi_task: MultiTask = multi_task
-        self.density = density
+        self.density = share("Consensus.density", density)
 
     @property
     def needs(self) -> Needs:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lit_merge.adaptation import Batches, chunks
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, rescale_mask
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.masked import Mask
 from lit_merge.masked_module import Seen
 from lit_merge.methods._dam_presets import PRESETS, Masks, MaskUpdate, Stage
@@ -151,9 +152,9 @@ class DAM(ConcreteMerging):
         kinds = {"masks": Masks, "safety": Safety, "box": Box, "coefficient_stage": Stage, "mask_update": MaskUpdate}
         for name, kind in kinds.items():
             self._one_of(name, getattr(self, name), get_args(kind))
-        for name, weight in (("alpha", self.alpha), ("coefficient_alpha", coefficient_alpha)):
-            if not weight >= 0:
-                raise MergeError(f"DAM.{name}: expected at least 0, found {weight}")
+        check_finite("DAM.alpha", self.alpha, least=0)
+        check_finite("DAM.coefficient_alpha", coefficient_alpha, least=0)
+        check_finite("DAM.detection_start", detection_start)
         if self.objective.ascent is not None:
             raise MergeError("DAM.objective: it has perturbations of its own; DAM adds its safety loss itself")
         self.learned = self.coefficient_stage != "none"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_merge import functional
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Dare as DareTransform
@@ -43,6 +44,7 @@ class Dare(MergeModule):
     ) -> None:
         super().__init__(**kwargs)
         self.transform = DareTransform(drop, mask_seed, rescale)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
 
     @property

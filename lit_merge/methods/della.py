@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
 from lit_merge.functional.della import elected_mean_merge
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.sums import sum_merge
 from lit_merge.functional.ties import majority_sign
 from lit_merge.module import MergeModule
@@ -56,6 +57,7 @@ class Della(MergeModule):
         if reduce not in ("elect", "sum"):
             raise MergeError(f"Della.reduce: expected elect or sum, found {reduce!r}")
         self.transform = MagPrune(drop, window, mask_seed, per, rescale)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.reduce = reduce
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from lit_merge.data_free_module import DataFreeModule
 from lit_merge.functional.doge import DogeProblem, Offsets, masked_vectors, task_aware_coefficients
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import LayerChoice, Others, merge_other
+from lit_merge.functional.scopes import share
 from lit_merge.task_vectors import TaskVectors
 
 __all__ = ("Doge",)
@@ -62,9 +64,10 @@ class Doge(DataFreeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(layers=layers, exclude=exclude, others=others, **kwargs)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.relative = relative
-        self.density = density
+        self.density = share("Doge.density", density)
         self.subspace = subspace
         self.offsets: Offsets = offsets
 

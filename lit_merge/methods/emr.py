@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
 from lit_merge.functional.emr import EmrBalance, emr_rescalers, emr_unified
+from lit_merge.functional.finite import check_finite
 from lit_merge.methods._per_task import PerTaskModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs
@@ -42,6 +43,7 @@ class Emr(PerTaskModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.balance: EmrBalance = balance
 

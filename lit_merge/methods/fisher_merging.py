@@ -10,6 +10,7 @@ from torch import Tensor
 from lit_merge.calibrated_module import CalibratedModule
 from lit_merge.errors import MergeError
 from lit_merge.functional.diagonal_fisher import FisherTarget, Gradients, Squares, diagonal_fisher
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.fisher_merge import FisherAverage
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.task_vectors import TaskVectors
@@ -31,13 +32,13 @@ class FisherMerging(CalibratedModule):
         squares: Of the gradient of each ``image``, or of the sum over a ``batch``.
         normalize: Make all tasks count alike, whatever the length of F_t.
         floor: Added to F, above 0.
-        weights: w, in the order of the suite's tasks or by name; null for equal weights.
+        weights: w, above 0, in the order of the suite's tasks or by name; null for equal weights.
         gradients: ``vmap`` or ``loop``; the results are the same.
         chunk_size: Images at once with ``vmap``, each of which takes the memory of one network.
         **kwargs: See :class:`~lit_merge.calibrated_module.CalibratedModule`.
 
     Raises:
-        MergeError: A value is out of range or unknown.
+        MergeError: A value is out of range or unknown, or labels of test images are asked for.
 
     Source: Matena and Raffel, Merging Models with Fisher-Weighted Averaging, arXiv 2111.09832.
     """
@@ -57,10 +58,14 @@ class FisherMerging(CalibratedModule):
         self._one_of("target", target, get_args(FisherTarget))
         self._one_of("squares", squares, get_args(Squares))
         self._one_of("gradients", gradients, get_args(Gradients))
-        for name, number, fits in (("floor", floor, floor > 0), ("chunk_size", chunk_size, chunk_size >= 1)):
-            if not fits:
-                least = "a number above 0" if name == "floor" else "at least 1"
-                raise MergeError(f"FisherMerging.{name}: expected {least}, found {number}")
+        check_finite("FisherMerging.floor", floor, above=0)
+        check_finite("FisherMerging.weights", weights, above=0)
+        check_finite("FisherMerging.chunk_size", chunk_size, least=1)
+        if target == "labels" and self.image_source == "adapt":
+            raise MergeError(
+                "FisherMerging.target: labels are those of images that are scored; give another target, or "
+                "image_source: train"
+            )
         self.target: FisherTarget = target
         self.squares: Squares = squares
         self.normalize = normalize

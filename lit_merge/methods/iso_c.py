@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.isotropic import iso_c
 from lit_merge.methods._on_matrices import OnMatrices
 
@@ -33,6 +34,7 @@ class IsoC(OnMatrices):
 
     def __init__(self, scale: Coefficient = 1.0, tolerance: float = 1e-6, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(scale=scale, **kwargs)
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
         self.tolerance = tolerance
 
     def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:

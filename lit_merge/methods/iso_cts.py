@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
 from lit_merge.functional.decompositions import SvdMethod
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.isotropic import iso_cts
+from lit_merge.functional.scopes import share
 from lit_merge.methods._on_matrices import OnMatrices
 
 __all__ = ("IsoCts",)
@@ -41,7 +43,8 @@ class IsoCts(OnMatrices):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(scale=scale, **kwargs)
-        self.common = common
+        self.common = share("IsoCts.common", common, zero=True)
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
         self.tolerance = tolerance
         self.decomposition = decomposition
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.scopes import Scope
 from lit_merge.functional.spherical import karcher_mean
 from lit_merge.methods._task_weights import TaskWeights, task_weights
@@ -48,8 +49,10 @@ class KarcherMean(MergeModule):
         if of not in ("weights", "task_vectors"):
             raise MergeError(f"KarcherMean.of: expected weights or task_vectors, found {of!r}")
         self.of = of
+        check_finite(f"{type(self).__name__}.weights", weights, least=0)
         self.weights = weights
         self.per: Scope = per
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, above=0)
         self.tolerance = tolerance
         self.max_steps = max_steps
 

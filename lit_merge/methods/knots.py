@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.knots import knots
+from lit_merge.functional.scopes import share
 from lit_merge.functional.sums import sum_merge
 from lit_merge.functional.ties import ties
 from lit_merge.methods._on_matrices import OnMatrices
@@ -51,9 +53,10 @@ class Knots(OnMatrices):
         super().__init__(scale=scale, **kwargs)
         if reduce not in ("mean", "sum"):
             raise MergeError(f"Knots.reduce: expected mean or sum, found {reduce!r}")
-        self.density = density
+        self.density = share("Knots.density", density)
         self.reduce = reduce
         self.weighted = weighted
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
         self.tolerance = tolerance
 
     @property

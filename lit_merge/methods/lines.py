@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.lines import lines, lines_intercept
+from lit_merge.functional.scopes import share
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -45,10 +47,12 @@ class Lines(MergeModule):
     ) -> None:
         super().__init__(**kwargs)
         check_multi_task(multi_task)
+        for name, value in (("alpha", alpha), ("beta", beta), ("outside", outside)):
+            check_finite(f"Lines.{name}", value)
         self.beta = beta
         self.alpha = alpha
         self.multi_task: MultiTask = multi_task
-        self.density = density
+        self.density = share("Lines.density", density)
         self.outside = outside
 
     @property

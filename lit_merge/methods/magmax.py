@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.magmax import magmax
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -27,6 +28,7 @@ class MagMax(MergeModule):
 
     def __init__(self, scale: Coefficient = 0.5, **kwargs: Any) -> None:  # noqa: ANN401 - passed on to the base class
         super().__init__(**kwargs)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
 
     @property

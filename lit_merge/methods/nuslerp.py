@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.scopes import Scope
+from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import Scope, share
 from lit_merge.functional.spherical import Lengths, slerp
 from lit_merge.functional.weighted_average import normalized
 from lit_merge.methods._task_weights import TaskWeights, task_weights
@@ -44,10 +45,11 @@ class NuSlerp(MergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
+        check_finite(f"{type(self).__name__}.weights", weights, least=0)
         self.weights = weights
         self.per: Scope = per
         self.lengths: Lengths = lengths
-        self.threshold = threshold
+        self.threshold = share("NuSlerp.threshold", threshold, zero=True)
 
     @property
     def needs(self) -> Needs:

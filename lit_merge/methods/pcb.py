@@ -7,7 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.pcb import PcbFormula, pcb_merge
+from lit_merge.functional.scopes import share
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs
@@ -38,7 +40,8 @@ class Pcb(MergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
-        self.density = density
+        self.density = share("Pcb.density", density)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.formula: PcbFormula = formula
         self.per: Literal["network", "tensor"] = per

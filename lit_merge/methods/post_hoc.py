@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lit_merge.adaptation import Batches, chunks
+from lit_merge.adaptation import Batches, Perturbed
 from lit_merge.checkpoints.arithmetic import ArithmeticState
 from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.reading import read_state
 from lit_merge.checkpoints.sources import weights_file
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.masked import Mask
 from lit_merge.masked_module import MaskedMergeModule, Seen
 from lit_merge.perturbations import Ascent, UniversalPerturbations, fooled
@@ -111,9 +112,10 @@ class AdversarialMasking(MaskedMergeModule):
         super().__init__(**kwargs)
         self._one_of("unit", unit, get_args(MaskUnit))
         self._one_of("final_mask", final_mask, get_args(FinalMask))
-        if not alpha >= 0:
-            raise MergeError(f"{type(self).__name__}.alpha: expected at least 0, found {alpha}")
+        check_finite(f"{type(self).__name__}.alpha", alpha, least=0)
+        check_finite(f"{type(self).__name__}.start", start)
         self.merged: Mapping[str, Tensor] | str | None = network if isinstance(network, Mapping) else merged
+        check_finite(f"{type(self).__name__}.init", init)
         self.init = init
         self.unit: MaskUnit = unit
         self.start = _START[unit] if start is None else start
@@ -230,32 +232,25 @@ class AdversarialMasking(MaskedMergeModule):
         self.step(0, self.logits, gradient)
         return seen.outputs(loss, batch)
 
-    def _chunk_losses(
-        self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
-    ) -> Iterator[Tensor]:
-        """Sum of the losses of each chunk, with its perturbations moved before."""
+    def perturbed(
+        self, state: Mapping[str, Tensor], batch: Batches, logits: Mapping[str, Tensor]
+    ) -> dict[str, Perturbed]:
+        """Move the perturbations, and take the adversarial loss of the images under them."""
         assert self.perturbations is not None
+        images = {task: batch[task].images for task in logits}
         reference = self.reference_state()
-        for chunk in chunks(batch, self.max_images):
-            images = {task: batch[task].images for task in chunk}
-            found = self.all_outputs(state, images)
-            classes = self.classes({task: logits.detach() for task, (_, logits) in found.items()}, images, reference)
-            self.ascend(state, batch, classes, reference)
-            shaken = {task: self.perturbations(task, images[task]) for task in chunk}
-            perturbed = self.all_outputs(state, shaken)
-            with torch.no_grad():
-                answers = {} if reference is None else self.all_outputs(reference, shaken)
-            total: list[Tensor] = []
-            for task, (features, logits) in found.items():
-                part, changed = batch[task], perturbed[task][1]
-                output = self._task_output(task, part, logits, features)._replace(perturbed_logits=changed)
-                adversarial = self.adversarial_loss(changed, classes[task], answers.get(task, (None, None))[1])
-                loss = self.objective(output) + self.alpha * adversarial
-                total.append(loss * part.share)
-                losses[task] = loss.detach()
-                outputs[task] = logits.detach()[: None if part.share else 0]  # borrowed images do not count
-                self._fooled[task] = fooled(changed.detach(), classes[task]) * part.share
-            yield torch.stack(total).sum()
+        classes = self.classes(logits, images, reference)
+        self.ascend(state, batch, classes, reference)
+        shaken = {task: self.perturbations(task, part) for task, part in images.items()}
+        changed = {task: found for task, (_, found) in self.all_outputs(state, shaken).items()}
+        with torch.no_grad():
+            answers = {} if reference is None else self.all_outputs(reference, shaken)
+        result = {}
+        for task, found in changed.items():
+            adversarial = self.adversarial_loss(found, classes[task], answers.get(task, (None, None))[1])
+            result[task] = Perturbed(found, self.alpha * adversarial)
+            self._fooled[task] = fooled(found.detach(), classes[task]) * batch[task].share
+        return result
 
     def reference_state(self) -> dict[str, Tensor] | None:
         """Return the network that the masked one is compared with, if the method has one."""

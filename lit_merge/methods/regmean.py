@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_merge.calibrated_module import CalibratedModule
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import Others, merge_other
 from lit_merge.functional.linear_inputs import LinearInputs, linear_weights
 from lit_merge.functional.regmean import NormalEquations
@@ -22,8 +23,9 @@ class RegMean(CalibratedModule):
     """Linear layers that answer the tasks' inputs as the experts do: W = Σ_t W_t G_t (Σ_t G_t)⁻¹, G_t = Σ x xᵀ.
 
     The inputs x of a layer are those within expert t on images of its task. Every ``nn.Linear`` is merged so, and the
-    projections of ``nn.MultiheadAttention``; matrices that are used otherwise, such as the bare projection at the end
-    of open_clip's towers, and all other tensors, take the mean, or what ``others`` says. The report lists them.
+    projections of ``nn.MultiheadAttention``, packed or not. Convolutions (patch embeddings too), matrices that are used
+    otherwise, such as the bare projection at the end of open_clip's towers, and all other tensors take the mean, or
+    what ``others`` says. The report lists these matrices and kernels.
 
     Args:
         off_diagonal: Factor of the off-diagonal entries of every G_t, in [0, 1]; 0.95 is that of the tables for CLIP.
@@ -52,8 +54,7 @@ class RegMean(CalibratedModule):
         self._one_of("others", others, get_args(Others))
         if not 0 <= off_diagonal <= 1:
             raise MergeError(f"{type(self).__name__}.off_diagonal: expected [0, 1], found {off_diagonal}")
-        if not ridge >= 0:
-            raise MergeError(f"{type(self).__name__}.ridge: expected at least 0, found {ridge}")
+        check_finite(f"{type(self).__name__}.ridge", ridge, least=0)
         self.off_diagonal = off_diagonal
         self.ridge = ridge
         self.per_row = per_row
@@ -120,8 +121,8 @@ class RegMean(CalibratedModule):
         return layer.solve(self.ridge).to(self.bank.compute_dtype)
 
     def report_extra(self) -> dict[str, Any]:
-        """Return plain data for ``extra`` of the report: also which matrices were not merged by their inputs."""
+        """Return plain data for ``extra`` of the report: also what was not merged by its inputs, vectors aside."""
         found, solved = super().report_extra(), set(self.solved)
-        left = [name for name, delta in self.bank.deltas.items() if delta.ndim == 3 and name not in solved]
+        left = [name for name, delta in self.bank.deltas.items() if delta.ndim > 2 and name not in solved]
         found["calibration"] |= {"layers": len(solved), "other_matrices": left}
         return found

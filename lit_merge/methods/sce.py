@@ -7,7 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.sce import sce_merge
+from lit_merge.functional.scopes import share
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs
@@ -37,7 +39,8 @@ class Sce(MergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
-        self.density = density
+        self.density = share("Sce.density", density)
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.per: Literal["tensor", "network"] = per
         self.renormalize = renormalize

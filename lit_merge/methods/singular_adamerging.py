@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import Factors, SvdMethod
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.matrices import MatrixPolicy
-from lit_merge.functional.scopes import wide
+from lit_merge.functional.scopes import share, wide
 from lit_merge.functional.tsv import kept_rank, orthogonalize, task_singular_vectors
 from lit_merge.methods.tsv_merge import decomposer
 from lit_merge.module import MergeModule
@@ -73,11 +74,15 @@ class SingularAdaMerging(MergeModule):
         if bounds is not None and not bounds[0] < bounds[1]:
             raise MergeError(f"SingularAdaMerging.bounds: expected lowest < highest, found {bounds}")
         self.blocks = blocks
+        check_finite(f"{type(self).__name__}.init", init)
+        check_finite(f"{type(self).__name__}.init_others", init_others)
         self.init = init
         self.init_others = init_others
         self.bounds = bounds
-        self.fraction = fraction
+        self.fraction = None if fraction is None else share(f"{type(self).__name__}.fraction", fraction)
+        check_finite(f"{type(self).__name__}.ridge", ridge, least=0)
         self.ridge = ridge
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
         self.tolerance = tolerance
         self.decomposition = decomposition
         self.cache_dir = cache_dir

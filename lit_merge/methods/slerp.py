@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.scopes import Scope
+from lit_merge.functional.scopes import Scope, share
 from lit_merge.functional.spherical import Lengths, slerp
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -44,10 +44,10 @@ class Slerp(MergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
-        self.t = t
+        self.t = share("Slerp.t", t, zero=True)
         self.per: Scope = per
         self.lengths: Lengths = lengths
-        self.threshold = threshold
+        self.threshold = share("Slerp.threshold", threshold, zero=True)
 
     @property
     def needs(self) -> Needs:

@@ -14,6 +14,7 @@ from lit_merge.checkpoints.reading import read_state
 from lit_merge.checkpoints.sources import weights_file
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import SvdMethod
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.sums import sum_merge
 from lit_merge.functional.svc import svc
 from lit_merge.module import MergeModule
@@ -56,11 +57,11 @@ class Svc(MergeModule):
         # hyper-parameters are taken from the arguments as they stand now: a path is one, as text, a network is not
         network, merged = merged, None if merged is None or isinstance(merged, Mapping) else str(merged)
         super().__init__(**kwargs)
-        if not alpha > 0:
-            raise MergeError(f"Svc.alpha: expected a number above 0, found {alpha}")
+        check_finite("Svc.alpha", alpha, above=0)
         if isinstance(exclude, str):
             raise MergeError(f"Svc.exclude: expected a list of names or patterns, found {exclude!r}")
         self.merged: Mapping[str, Tensor] | str | None = network if isinstance(network, Mapping) else merged
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
         self.alpha = alpha
         self.exclude = tuple(exclude)

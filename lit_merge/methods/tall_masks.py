@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.consensus import tall_masks
+from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share
 from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
 from lit_merge.methods._per_task import PerTaskModule
 from lit_merge.task_vectors import TaskVectors
@@ -45,9 +47,10 @@ class TallMasks(PerTaskModule):
     ) -> None:
         super().__init__(**kwargs)
         check_multi_task(multi_task)
+        check_finite("TallMasks.threshold", threshold, least=0)
         self.threshold = threshold
         self.multi_task: MultiTask = multi_task
-        self.density = density
+        self.density = share("TallMasks.density", density)
 
     @property
     def needs(self) -> Needs:

@@ -11,6 +11,8 @@ from torch import Tensor
 from lit_merge import functional
 from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs, Pieces
@@ -44,8 +46,9 @@ class Ties(MergeModule):
         super().__init__(**kwargs)
         if reduce not in ("mean", "sum"):
             raise MergeError(f"Ties.reduce: expected mean or sum, found {reduce!r}")
-        self.density = density
+        self.density = share("Ties.density", density)
         self.reduce = reduce
+        check_finite(f"{type(self).__name__}.scale", scale)
         self.scale = scale
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:

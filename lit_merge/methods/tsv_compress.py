@@ -12,7 +12,8 @@ from lit_merge.coefficients import Coefficient
 from lit_merge.data.batches import LabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import Factors, SvdMethod
-from lit_merge.functional.scopes import wide
+from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share, wide
 from lit_merge.functional.tsv import Decompose
 from lit_merge.functional.tsv_compress import compressed_bytes, tsv_compress, tsv_restore
 from lit_merge.methods._on_matrices import OnMatrices
@@ -59,8 +60,9 @@ class TsvCompress(OnMatrices):
         super().__init__(scale=scale, **kwargs)
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise MergeError(f"TsvCompress.dtype: expected float32, bfloat16 or float16, found {dtype!r}")
-        self.fraction = fraction
+        self.fraction = None if fraction is None else share(f"{type(self).__name__}.fraction", fraction)
         self.dtype_name = dtype
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
         self.tolerance = tolerance
         self.decomposition = decomposition
         self.cache_dir = cache_dir

@@ -11,6 +11,8 @@ from torch import Tensor
 from lit_merge.coefficients import Coefficient
 from lit_merge.decomposition_cache import DecompositionCache
 from lit_merge.functional.decompositions import SvdMethod, truncated_svd
+from lit_merge.functional.finite import check_finite
+from lit_merge.functional.scopes import share
 from lit_merge.functional.tsv import Decompose, TsvFacts, tsv_merge
 from lit_merge.methods._on_matrices import OnMatrices
 
@@ -51,8 +53,10 @@ class TsvMerge(OnMatrices):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(scale=scale, **kwargs)
-        self.fraction = fraction
+        self.fraction = None if fraction is None else share(f"{type(self).__name__}.fraction", fraction)
+        check_finite(f"{type(self).__name__}.ridge", ridge, least=0)
         self.ridge = ridge
+        check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
         self.tolerance = tolerance
         self.decomposition = decomposition
         self.cache_dir = cache_dir

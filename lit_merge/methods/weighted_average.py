@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.weighted_average import normalized
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
@@ -38,6 +39,7 @@ class WeightedAverage(MergeModule):
         **kwargs: Any,  # noqa: ANN401 - passed on to the base class
     ) -> None:
         super().__init__(**kwargs)
+        check_finite(f"{type(self).__name__}.weights", weights)
         self.weights = weights
         self.normalize = normalize
 

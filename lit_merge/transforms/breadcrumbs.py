@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from lit_merge.functional.breadcrumbs import breadcrumbs
+from lit_merge.functional.breadcrumbs import breadcrumbs, kept_share
 from lit_merge.transforms.base import Needs, Transform
 
 __all__ = ("Breadcrumbs",)
@@ -21,6 +21,9 @@ class Breadcrumbs(Transform):
         top: Share of entries of largest magnitude that are dropped.
         per: Ranks within a ``tensor`` or over the ``network``.
 
+    Raises:
+        MergeError: A value is out of range.
+
     Source: Davari and Belilovsky, arXiv 2312.06795; see :func:`lit_merge.functional.breadcrumbs.breadcrumbs`.
 
     >>> Breadcrumbs()
@@ -28,6 +31,7 @@ class Breadcrumbs(Transform):
     """
 
     def __init__(self, bottom: float = 0.85, top: float = 0.007, per: Literal["tensor", "network"] = "tensor") -> None:
+        kept_share(bottom, top)
         self.bottom = bottom
         self.top = top
         self.per: Literal["tensor", "network"] = per

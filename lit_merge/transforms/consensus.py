@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.functional.consensus import consensus_mask
+from lit_merge.functional.finite import check_finite
 from lit_merge.transforms.base import Needs, Transform
 
 __all__ = ("Consensus",)
@@ -23,6 +24,9 @@ class Consensus(Transform):
         threshold: λ_t of the TALL masks, one for all tasks or one per task.
         least: Number of tasks that must need an entry.
 
+    Raises:
+        MergeError: A value is out of range; or, later, there are fewer tasks than ``least``.
+
     Source: Wang et al., arXiv 2405.07813; see :func:`lit_merge.functional.consensus.consensus_mask`.
 
     >>> Consensus()
@@ -30,6 +34,8 @@ class Consensus(Transform):
     """
 
     def __init__(self, threshold: float | list[float] = 0.4, least: int = 2) -> None:
+        check_finite("Consensus.threshold", threshold, least=0)
+        check_finite("Consensus.least", least, least=1)
         self.threshold = threshold
         self.least = least
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge import functional
+from lit_merge.functional.dare import check_drop
 from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("Dare",)
@@ -23,6 +24,9 @@ class Dare(Transform):
         seed: Seed of the mask.
         rescale: Divide what stays by ``1 - drop``.
 
+    Raises:
+        MergeError: A value is out of range.
+
     Source: Yu et al., arXiv 2311.03099; see :func:`lit_merge.functional.dare`.
 
     >>> Dare(drop=0.9)
@@ -30,6 +34,7 @@ class Dare(Transform):
     """
 
     def __init__(self, drop: float = 0.5, seed: int = 0, rescale: bool = True) -> None:
+        check_drop(drop)
         self.drop = drop
         self.seed = seed
         self.rescale = rescale

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lit_merge.functional.doge import Offsets, doge
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import LayerChoice
+from lit_merge.functional.scopes import share
 from lit_merge.transforms.base import Transform
 
 __all__ = ("Doge",)
@@ -35,6 +37,9 @@ class Doge(Transform):
         exclude: Names, with wildcards, that are left out of them.
         others: All other tensors ``keep`` their task vectors, or stay at the ``base``, as published.
 
+    Raises:
+        MergeError: A value is out of range.
+
     Source: Wei et al., arXiv 2501.01230; see :func:`lit_merge.functional.doge`.
 
     >>> Doge(density=0.2, steps=100)  # doctest: +ELLIPSIS
@@ -54,11 +59,13 @@ class Doge(Transform):
         exclude: Sequence[str] = (),
         others: Literal["base", "keep"] = "base",
     ) -> None:
+        check_finite("Doge.rate", rate, above=0)
+        check_finite("Doge.scale", scale)
         self.steps = steps
         self.rate = rate
         self.scale = scale
         self.relative = relative
-        self.density = density
+        self.density = share("Doge.density", density)
         self.subspace = subspace
         self.offsets: Offsets = offsets
         self.layers: LayerChoice = layers

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.lines import lines
 from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
@@ -20,6 +21,9 @@ class Lines(Transform):
         beta: What the last block has more.
         outside: Factor of tensors outside of all blocks; by default ``alpha``.
 
+    Raises:
+        MergeError: A factor is not finite.
+
     Source: Wang et al., arXiv 2410.17146; see :func:`lit_merge.functional.lines.lines`.
 
     >>> Lines(0.125, 0.5)
@@ -27,6 +31,8 @@ class Lines(Transform):
     """
 
     def __init__(self, alpha: float = 0.5, beta: float = 0.5, outside: float | None = None) -> None:
+        for name, value in (("alpha", alpha), ("beta", beta), ("outside", outside)):
+            check_finite(f"Lines.{name}", value)
         self.alpha = alpha
         self.beta = beta
         self.outside = outside

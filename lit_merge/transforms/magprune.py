@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_merge.functional.dare import check_drop
 from lit_merge.functional.della import magprune
 from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
@@ -27,6 +28,9 @@ class MagPrune(Transform):
         per: Ranks within a ``row`` or a ``tensor``.
         rescale: Divide what stays by its 1 − p.
 
+    Raises:
+        MergeError: A value is out of range.
+
     Source: Deep, Bhardwaj and Poria, arXiv 2406.11617; see :func:`lit_merge.functional.della.magprune`.
 
     >>> MagPrune(0.7, 0.2)
@@ -41,6 +45,7 @@ class MagPrune(Transform):
         per: Literal["row", "tensor"] = "row",
         rescale: bool = True,
     ) -> None:
+        check_drop(drop, window)
         self.drop = drop
         self.window = window
         self.seed = seed

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lit_merge import functional
+from lit_merge.functional.scopes import share
 from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("Ties",)
@@ -21,6 +22,9 @@ class Ties(Transform):
     Args:
         density: Share of entries that stay in trimming, in (0, 1].
 
+    Raises:
+        MergeError: A value is out of range.
+
     Source: Yadav et al., TIES-Merging, arXiv 2306.01708; see :func:`lit_merge.functional.ties`.
 
     >>> Ties(0.1)
@@ -28,7 +32,7 @@ class Ties(Transform):
     """
 
     def __init__(self, density: float = 0.2) -> None:
-        self.density = density
+        self.density = share("Ties.density", density)
 
     @property
     def needs(self) -> Needs:

@@ -110,7 +110,7 @@ def test_lines_by_hand() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: tall_masks(deltas(), -0.1), "threshold: expected a number or 3, one per task, at least 0, found -0.1"),
+        (lambda: tall_masks(deltas(), -0.1), "threshold: expected at least 0, found -0.1"),
         (lambda: tall_masks(deltas(), [0.1]), "threshold: expected a number or 3, one per task"),
         (lambda: consensus_mask(deltas(1)), "least: expected from 1 to 1, the number of tasks, found 2"),
         (lambda: emr(deltas(), "mean"), "balance: expected entries or tensors, found 'mean'"),  # type: ignore[arg-type]

@@ -112,7 +112,7 @@ def test_a_run_makes_the_merge_once_reports_and_exports_it(kind: type[Calibrated
     assert found["images"] == dict.fromkeys(suite.tasks, 6)
     assert found["source"] == "train"
     if kind is not FisherMerging:
-        assert found["other_matrices"] == ["positional_embedding", "proj"]
+        assert found["other_matrices"] == ["positional_embedding", "proj", "conv1.weight"]
         assert found["layers"] == 8
 
 
@@ -198,6 +198,8 @@ def test_without_images_there_is_no_merge_of_weights_alone(tmp_path: Path) -> No
         (RegMean, {"ridge": -1}, r"RegMean\.ridge: expected at least 0, found -1"),
         (FisherMerging, {"target": "true"}, r"FisherMerging\.target: expected expected, sampled, labels or root"),
         (FisherMerging, {"floor": 0.0}, r"FisherMerging\.floor: expected a number above 0, found 0"),
+        (FisherMerging, {"weights": [1.0, 0.0, 2.0]}, r"FisherMerging\.weights: .* above 0, found 0"),
+        (FisherMerging, {"target": "labels", "image_source": "adapt"}, "labels are those of images that are scored"),
         (Svc, {"alpha": 0}, r"Svc\.alpha: expected a number above 0, found 0"),
     ],
 )
