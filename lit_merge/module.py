@@ -24,6 +24,7 @@ from lit_merge.metrics import TaskScores
 from lit_merge.objectives import Entropy, Objective
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton, freeze_to_buffers
+from lit_merge.stages import StageSteps
 from lit_merge.suites.base import Suite
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.teachers import TeacherCache
@@ -34,7 +35,7 @@ __all__ = ("MergeModule",)
 Batches = dict[str, UnlabelledBatch]
 
 
-class MergeModule(AdaptationSteps, ABC):
+class MergeModule(AdaptationSteps, StageSteps, ABC):
     """One network out of many: frozen task vectors, a rule that combines them, an objective that adapts the rule.
 
     A method says how it merges (:meth:`merge`) and, if it learns, how its parameters are made

@@ -8,11 +8,13 @@ from lit_merge.functional.batch_norm import recalibrate_batch_norm
 from lit_merge.functional.breadcrumbs import breadcrumbs
 from lit_merge.functional.concrete import concrete_merge, concrete_sample, final_mask, rescale_mask
 from lit_merge.functional.consensus import consensus_mask, consensus_merge, tall_masks
+from lit_merge.functional.continual_metrics import ContinualMetrics, continual_metrics
 from lit_merge.functional.dare import dare
 from lit_merge.functional.decompositions import Factors, left_basis, polar, randomized_error_bound, truncated_svd
 from lit_merge.functional.della import elected_mean_merge, magprune
 from lit_merge.functional.diagonal_fisher import diagonal_fisher
 from lit_merge.functional.doge import doge, shared_basis, task_aware_coefficients
+from lit_merge.functional.dop import DopProblem, dop, dop_step
 from lit_merge.functional.emr import emr, emr_rescalers, emr_unified
 from lit_merge.functional.fisher_merge import FisherAverage, fisher_merge
 from lit_merge.functional.isotropic import common_rank, iso_c, iso_cts
@@ -25,6 +27,7 @@ from lit_merge.functional.magmax import magmax
 from lit_merge.functional.masked import Mask
 from lit_merge.functional.matrices import MatrixPolicy, merge_matrices
 from lit_merge.functional.model_stock import model_stock
+from lit_merge.functional.opcm import OpcmFacts, ProjectionFacts, opcm, opcm_projection, opcm_rescale, opcm_step
 from lit_merge.functional.pcb import pcb_merge
 from lit_merge.functional.regmean import NormalEquations, regmean
 from lit_merge.functional.sce import sce_merge
@@ -48,7 +51,9 @@ from lit_merge.functional.weighted_average import weighted_average
 from lit_merge.functional.wudi import wudi
 
 __all__ = (
+    "ContinualMetrics",
     "Decompose",
+    "DopProblem",
     "Factors",
     "FisherAverage",
     "LayerProblem",
@@ -56,6 +61,8 @@ __all__ = (
     "Mask",
     "MatrixPolicy",
     "NormalEquations",
+    "OpcmFacts",
+    "ProjectionFacts",
     "TiesFacts",
     "TsvFacts",
     "align",
@@ -67,10 +74,13 @@ __all__ = (
     "concrete_sample",
     "consensus_mask",
     "consensus_merge",
+    "continual_metrics",
     "dare",
     "diagonal_fisher",
     "disjoint_mean_merge",
     "doge",
+    "dop",
+    "dop_step",
     "elect_signs",
     "elected_mean_merge",
     "emr",
@@ -94,6 +104,10 @@ __all__ = (
     "mean_merge",
     "merge_matrices",
     "model_stock",
+    "opcm",
+    "opcm_projection",
+    "opcm_rescale",
+    "opcm_step",
     "orthogonalize",
     "pcb_merge",
     "polar",

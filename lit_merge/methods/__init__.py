@@ -9,16 +9,19 @@ from lit_merge.methods.dam import DAM
 from lit_merge.methods.dare import Dare
 from lit_merge.methods.della import Della
 from lit_merge.methods.doge import Doge
+from lit_merge.methods.dop import Dop
 from lit_merge.methods.emr import Emr
 from lit_merge.methods.fisher_merging import FisherMerging
 from lit_merge.methods.iso_c import IsoC
 from lit_merge.methods.iso_cts import IsoCts
 from lit_merge.methods.karcher_mean import KarcherMean
 from lit_merge.methods.knots import Knots
+from lit_merge.methods.last_k import LastK
 from lit_merge.methods.lines import Lines
 from lit_merge.methods.magmax import MagMax
 from lit_merge.methods.model_stock import ModelStock
 from lit_merge.methods.nuslerp import NuSlerp
+from lit_merge.methods.opcm import Opcm
 from lit_merge.methods.pcb import Pcb
 from lit_merge.methods.regmean import RegMean
 from lit_merge.methods.regmean_plus_plus import RegMeanPlusPlus
@@ -47,16 +50,19 @@ __all__ = (
     "Dare",
     "Della",
     "Doge",
+    "Dop",
     "Emr",
     "FisherMerging",
     "IsoC",
     "IsoCts",
     "KarcherMean",
     "Knots",
+    "LastK",
     "Lines",
     "MagMax",
     "ModelStock",
     "NuSlerp",
+    "Opcm",
     "Pcb",
     "RegMean",
     "RegMeanPlusPlus",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lit_merge.coefficients import Coefficient
+from lit_merge.coefficients import Coefficient, per_tensor
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.magmax import magmax
 from lit_merge.module import MergeModule
+from lit_merge.stages import Removal, Stage
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs
 
@@ -39,3 +42,17 @@ class MagMax(MergeModule):
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · the largest changes; every tensor is treated alike."""
         return bank.offset(magmax(bank.deltas), self.scale)
+
+    def absorb(self, merged: Mapping[str, Tensor], incoming: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
+        """Return the largest of M and λ τ: after the last expert the merge of all at once."""
+        factors = per_tensor(self.scale, tuple(merged))
+        result = {}
+        for name, value in merged.items():  # scaled alike on both sides, so the larger one stays the larger one
+            pair = torch.stack([value, incoming[name].to(value) * factors[name]])
+            result |= magmax({name: pair})
+        return result
+
+    def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
+        """Say that all others are needed: of each entry that it won nobody knows who was second."""
+        others = tuple(name for name in history if name != task)
+        return Removal(False, others, "MagMax keeps the largest change only: merge the others again")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lit_merge.coefficients import Coefficient
+from lit_merge.coefficients import Coefficient, per_tensor
 from lit_merge.functional.finite import check_finite
 from lit_merge.module import MergeModule
+from lit_merge.stages import Removal, Stage
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Needs
 
@@ -39,3 +41,24 @@ class TaskArithmetic(MergeModule):
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ Σ τ_t; every tensor is summed."""
         return bank.contract(bank.columns(self.scale))
+
+    def absorb(self, merged: Mapping[str, Tensor], incoming: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
+        """Return M + λ τ: after the last expert the merge of all at once."""
+        factors = per_tensor(self.scale, tuple(merged))
+        return {name: value + factors[name] * incoming[name].to(value) for name, value in merged.items()}
+
+    def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
+        """Say that the expert alone is needed: it is a term of a sum."""
+        return Removal(True, (task,), f"subtract scale times the task vector of {task}")
+
+    def remove(
+        self,
+        merged: Mapping[str, Tensor],
+        expert: Mapping[str, Tensor],
+        task: str,
+        history: Sequence[str],
+        numbers: Mapping[str, Any],
+    ) -> dict[str, Tensor]:
+        """Return M − λ τ; exact up to rounding."""
+        factors = per_tensor(self.scale, tuple(merged))
+        return {name: value - factors[name] * expert[name].to(value) for name, value in merged.items()}
