@@ -218,6 +218,8 @@ if TYPE_CHECKING:
         PerturbationConsistency,
         WeightedSum,
     )
+    from lit_merge.sequential_module import SequentialModule
+    from lit_merge.stages import Stage
     from lit_merge.suites import BackdoorSuite, ClipSuite, LinearizedSuite, MiniSuite, NetworkSuite, Suite, WeightsSuite
     from lit_merge.task_vectors import TaskVectors
     from lit_merge.trainer import MergeTrainer

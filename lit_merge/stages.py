@@ -1,4 +1,4 @@
-"""Experts that arrive one by one: what a method is told of a stage, and what it says about taking an expert out again."""
+"""Experts that arrive one by one: what a method is told of a stage, and what taking one out again would need."""
 
 from __future__ import annotations
 

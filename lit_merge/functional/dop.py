@@ -35,8 +35,8 @@ class DopProblem(LayerProblem):
     twice the short one) is not squared: there L D is U σ (σ Uᵀ D).
 
     c moves with the steps: each call of :meth:`gradient` finds the convex combination of the two gradients, each
-    divided by its loss, that is shortest (MGDA), and goes the share 1 − ``momentum`` of the way there. So one problem is
-    for one descent.
+    divided by its loss, that is shortest (MGDA), and goes the share 1 − ``momentum`` of the way there. So one problem
+    is for one descent.
 
     Args:
         deltas: Task vectors ``(L, 2, m, n)``: what was merged, and what is new.
@@ -179,7 +179,8 @@ def dop_step(
     Raises:
         MergeError: A value is out of range, or the names differ.
 
-    >>> merged, new = {"w": torch.tensor([[2.0, 0.0]]), "b": torch.ones(1)}, {"w": torch.ones(1, 2), "b": torch.zeros(1)}
+    >>> merged = {"w": torch.tensor([[2.0, 0.0]]), "b": torch.ones(1)}
+    >>> new = {"w": torch.ones(1, 2), "b": torch.zeros(1)}
     >>> dop_step(merged, new, steps=0)
     {'w': tensor([[1.5000, 0.5000]]), 'b': tensor([0.5000])}
     >>> dop_step(merged, new, steps=400, rate=0.01, momentum=1.0)["w"].round(decimals=2)  # stability is 0.8
