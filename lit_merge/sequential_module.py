@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lit_merge.module import MergeModule
-from lit_merge.stages import Removal, Stage
+from lit_merge.stages import Stage
 from lit_merge.task_vectors import TaskVectors
 
-__all__ = ("SequentialModule", "replay")
+__all__ = ("SequentialModule",)
 
 
 class SequentialModule(MergeModule):
@@ -90,25 +90,6 @@ class SequentialModule(MergeModule):
             return {}
         bank, _, _, numbers = self._folded
         return {"sequential": [{"task": task, **kept} for task, kept in zip(bank.tasks, numbers, strict=True)]}
-
-
-def replay(method: str, task: str, history: tuple[str, ...], why: str) -> Removal:
-    """Say that taking an expert out means to merge again from the stage at which it came.
-
-    Args:
-        method: Name of the method.
-        task: Task of the expert.
-        history: All tasks, in order.
-        why: What later stages depend on.
-
-    >>> replay("Opcm", "b", ("a", "b", "c"), "later experts were projected away from it").needs
-    ('c',)
-    """
-    place = history.index(task) if task in history else 0
-    before, later = history[:place], history[place + 1 :]
-    start = f"start from the merge of {', '.join(before)} (or merge these again)" if before else "start from the base"
-    then = f"merge {', '.join(later)} again" if later else "nothing has to be merged again"
-    return Removal(False, later, f"{method} needs a replay, as {why}: {start}, then {then}")
 
 
 def _version(delta: Tensor) -> int | object:

@@ -13,7 +13,8 @@ from lit_merge.functional.layer_problem import Others
 from lit_merge.functional.matrices import MatrixPolicy
 from lit_merge.functional.opcm import EMBEDDINGS
 from lit_merge.functional.scopes import share as checked_share
-from lit_merge.sequential_module import SequentialModule, replay
+from lit_merge.methods._removal import replay
+from lit_merge.sequential_module import SequentialModule
 from lit_merge.stages import Removal, Stage
 
 __all__ = ("Dop",)
@@ -89,4 +90,4 @@ class Dop(SequentialModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say from where to replay: every stage is a descent from the merge before it."""
-        return replay("Dop", task, tuple(history), "every stage descends from the merge before it")
+        return replay("Dop", task, history, "every stage descends from the merge before it")

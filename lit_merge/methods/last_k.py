@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_merge.coefficients import Coefficient, per_tensor
 from lit_merge.errors import MergeError
+from lit_merge.methods._removal import others_of
 from lit_merge.sequential_module import SequentialModule
 from lit_merge.stages import Removal, Stage
 
@@ -53,9 +54,10 @@ class LastK(SequentialModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say whether the expert is still in the merge, and which ones would be in it instead."""
+        others = others_of(task, history)
         if task not in self._window(history, self.k):
             return Removal(True, (), f"{task} is not among the last {self.k}: nothing changes")
-        needs = self._window([name for name in history if name != task], self.k)
+        needs = self._window(others, self.k)
         return Removal(False, needs, f"merge the last {len(needs)} of the others")
 
     def remove(

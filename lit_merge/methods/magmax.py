@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_merge.coefficients import Coefficient, per_tensor
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.magmax import magmax
+from lit_merge.methods._removal import others_of
 from lit_merge.module import MergeModule
 from lit_merge.stages import Removal, Stage
 from lit_merge.task_vectors import TaskVectors
@@ -54,5 +55,4 @@ class MagMax(MergeModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say that all others are needed: of each entry that it won nobody knows who was second."""
-        others = tuple(name for name in history if name != task)
-        return Removal(False, others, "MagMax keeps the largest change only: merge the others again")
+        return Removal(False, others_of(task, history), "MagMax keeps the largest change only: merge the others again")

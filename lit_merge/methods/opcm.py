@@ -12,7 +12,8 @@ from lit_merge.functional.decompositions import SvdMethod
 from lit_merge.functional.matrices import MatrixPolicy
 from lit_merge.functional.opcm import EMBEDDINGS, opcm_rescale, opcm_step
 from lit_merge.functional.scopes import share
-from lit_merge.sequential_module import SequentialModule, replay
+from lit_merge.methods._removal import replay
+from lit_merge.sequential_module import SequentialModule
 from lit_merge.stages import Removal, Stage
 
 __all__ = ("Opcm",)
@@ -77,4 +78,4 @@ class Opcm(SequentialModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say from where to replay: an expert decides on the projection of all that come after it."""
-        return replay("Opcm", task, tuple(history), "each later expert was projected away from it")
+        return replay("Opcm", task, history, "each later expert was projected away from it")

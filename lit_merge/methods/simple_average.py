@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_merge.errors import MergeError
+from lit_merge.methods._removal import others_of
 from lit_merge.module import MergeModule
 from lit_merge.stages import Removal, Stage
 from lit_merge.task_vectors import TaskVectors
@@ -40,6 +40,7 @@ class SimpleAverage(MergeModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say that the expert alone is needed: it is a term of a mean over a known number."""
+        others_of(task, history)
         return Removal(True, (task,), f"take {task} out of the mean of {len(history)}")
 
     def remove(
@@ -55,9 +56,7 @@ class SimpleAverage(MergeModule):
         Raises:
             MergeError: The expert is not among those that were absorbed.
         """
-        number = len(history)
-        if task not in history:
-            raise MergeError(f"remove: expected one of {', '.join(history) or 'no expert'}, found {task!r}")
-        if number == 1:
+        left = len(others_of(task, history))
+        if not left:
             return {name: value.new_zeros(value.shape) for name, value in merged.items()}
-        return {name: value + (value - expert[name].to(value)) / (number - 1) for name, value in merged.items()}
+        return {name: value + (value - expert[name].to(value)) / left for name, value in merged.items()}

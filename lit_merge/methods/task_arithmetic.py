@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_merge.coefficients import Coefficient, per_tensor
 from lit_merge.functional.finite import check_finite
+from lit_merge.methods._removal import others_of
 from lit_merge.module import MergeModule
 from lit_merge.stages import Removal, Stage
 from lit_merge.task_vectors import TaskVectors
@@ -49,6 +50,7 @@ class TaskArithmetic(MergeModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say that the expert alone is needed: it is a term of a sum."""
+        others_of(task, history)
         return Removal(True, (task,), f"subtract scale times the task vector of {task}")
 
     def remove(
@@ -59,6 +61,11 @@ class TaskArithmetic(MergeModule):
         history: Sequence[str],
         numbers: Mapping[str, Any],
     ) -> dict[str, Tensor]:
-        """Return M − λ τ; exact up to rounding."""
+        """Return M − λ τ; exact up to rounding.
+
+        Raises:
+            MergeError: The expert is not among those that were absorbed.
+        """
+        others_of(task, history)
         factors = per_tensor(self.scale, tuple(merged))
         return {name: value - factors[name] * expert[name].to(value) for name, value in merged.items()}

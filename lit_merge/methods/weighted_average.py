@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.weighted_average import normalized
+from lit_merge.methods._removal import others_of
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
 from lit_merge.stages import Removal, Stage
@@ -69,6 +70,7 @@ class WeightedAverage(MergeModule):
 
     def removal(self, task: str, history: Sequence[str], numbers: Mapping[str, Any]) -> Removal:
         """Say that the expert alone is needed: it is a term of a sum with known weights."""
+        others_of(task, history)
         return Removal(True, (task,), f"take {task} out of the weighted mean of {len(history)}")
 
     def remove(
@@ -82,10 +84,9 @@ class WeightedAverage(MergeModule):
         """Return the weighted mean, or the sum, of the others; of none, zeros.
 
         Raises:
-            MergeError: The weights of the others sum to zero.
+            MergeError: The weights of the others sum to zero, or the expert is not among those that were absorbed.
         """
-        others = [name for name in history if name != task]
-        if not others:
+        if not others_of(task, history):
             return {name: value.new_zeros(value.shape) for name, value in merged.items()}
         before, weight = sum(self._weight(name) for name in history), -self._weight(task)
         keep, add = self._shares(before, weight)

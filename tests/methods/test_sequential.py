@@ -155,6 +155,9 @@ def test_what_cannot_be_removed_says_what_it_needs(make: Any, needs: tuple[str, 
     module = make(suite=ToySuite("mlp"))
     found = module.removal("task.b", TASKS, {})
     assert (found.exact, found.needs) == (False, needs)
+    if make is not Ties:
+        with pytest.raises(MergeError, match=r"one of task\.a, task\.b, task\.c; found 'task\.d'"):
+            module.removal("task.d", TASKS, {})
     with pytest.raises(MergeError, match=rf"{make.__name__}: cannot remove 'task.b' .* it needs {', '.join(needs)}"):
         module.remove({}, {}, "task.b", TASKS, {})
 
