@@ -156,8 +156,8 @@ def dop_step(
 ) -> dict[str, Tensor]:
     """Merge a new expert into what was merged before: each matrix by Adam on the two losses of :class:`DopProblem`.
 
-    Small layers of one shape go together. For ViT-B/32 a stage takes 1.4e14 operations, T − 1 times for T experts:
-    minutes on many cores, seconds on an accelerator; put the task vectors there.
+    Small layers of one shape go together. For ViT-B/32 a stage takes 1.4e14 operations, nearly an hour on one core, and
+    there is one for every expert but the first: put the task vectors on an accelerator.
 
     Args:
         merged: Merged task vector so far, ``(*shape)`` each.

@@ -47,7 +47,7 @@ class MagMax(MergeModule):
     def absorb(self, merged: Mapping[str, Tensor], incoming: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         """Return the largest of M and λ τ: after the last expert the merge of all at once."""
         factors = per_tensor(self.scale, tuple(merged))
-        result = {}
+        result: dict[str, Tensor] = {}
         for name, value in merged.items():  # scaled alike on both sides, so the larger one stays the larger one
             pair = torch.stack([value, incoming[name].to(value) * factors[name]])
             result |= magmax({name: pair})

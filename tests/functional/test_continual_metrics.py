@@ -44,4 +44,4 @@ def test_bad_input() -> None:
         (([[0.8]], [0.1, 0.2]), r"base: expected 1 accuracies, one for each task, found shape \(2,\)"),
     ):
         with pytest.raises(MergeError, match=message):
-            continual_metrics(*arguments)  # type: ignore[arg-type]
+            continual_metrics(*arguments)

@@ -84,4 +84,4 @@ def test_others_embeddings_and_ends() -> None:
         ({"steps": -1}, "steps: expected at least 0, found -1"),
     ):
         with pytest.raises(MergeError, match=message):
-            dop(deltas, **kwargs)  # type: ignore[arg-type]
+            dop(deltas, **kwargs)

@@ -92,7 +92,7 @@ class TestOpcm(MergeTester):
 
 
 class TestDop(MergeTester):
-    make = partial(Dop, steps=3, rate=0.01)  # type: ignore[assignment]
+    make = partial(Dop, steps=3, rate=0.01)
     permutable = False
     unit: ClassVar[dict[str, Any] | None] = {}
 
