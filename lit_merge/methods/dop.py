@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.dop import Space, dop_step
+from lit_merge.functional.finite import check_finite
 from lit_merge.functional.layer_problem import Others
 from lit_merge.functional.matrices import MatrixPolicy
 from lit_merge.functional.opcm import EMBEDDINGS
@@ -62,8 +63,8 @@ class Dop(SequentialModule):
         super().__init__(**kwargs)
         if space not in ("uv", "u", "v"):
             raise MergeError(f"Dop.space: expected uv, u or v, found {space!r}")
-        if steps < 0:
-            raise MergeError(f"Dop.steps: expected at least 0, found {steps}")
+        check_finite("Dop.steps", steps, least=0)
+        check_finite("Dop.rate", rate, least=0)
         self.steps = steps
         self.rate = rate
         self.space: Space = space

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient, per_tensor
-from lit_merge.errors import MergeError
+from lit_merge.functional.finite import check_finite
 from lit_merge.methods._removal import others_of
 from lit_merge.sequential_module import SequentialModule
 from lit_merge.stages import Removal, Stage
@@ -28,15 +28,15 @@ class LastK(SequentialModule):
         **kwargs: See :class:`~lit_merge.MergeModule`.
 
     Raises:
-        MergeError: k is less than 1.
+        MergeError: k is less than 1, or the scale is not finite.
 
     Source: a baseline of continual learning, the sliding window.
     """
 
     def __init__(self, k: int = 3, scale: Coefficient | None = None, **kwargs: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(**kwargs)
-        if k < 1:
-            raise MergeError(f"LastK.k: expected at least 1, found {k}")
+        check_finite("LastK.k", k, least=1)
+        check_finite("LastK.scale", scale)
         self.k = k
         self.scale = scale
 
