@@ -41,11 +41,12 @@ class CalibratedModule(MergeModule):
         image_order: ``random``: drawn without replacement; ``first``: the first ones, as in some published code, which
             are few classes where a dataset is sorted by class.
         image_seed: Of the draw, and of whatever else the method draws.
-        at_base: Names, or patterns such as ``*post_layernorm*``, of tensors that stay at the base.
+        at_base: Names, or patterns such as ``*post_layernorm*``, of tensors that stay at the base; each fits at least
+            one.
         **kwargs: See :class:`~lit_merge.MergeModule`.
 
     Raises:
-        MergeError: A value is out of range or unknown.
+        MergeError: A value is out of range or unknown; or, later, a pattern fits no tensor.
     """
 
     def __init__(
@@ -119,7 +120,8 @@ class CalibratedModule(MergeModule):
     def batches(self, task: str) -> Iterator[tuple[int, LabelledBatch]]:
         """Yield this rank's batches of a task, each with its number among all ranks'.
 
-        They are on this module's device, and the images in the type of the network's parameters.
+        They are on this module's device, and the images in the type of the network's parameters. Labels of test images,
+        which nothing may learn from, are −1.
 
         A sum over them becomes that over all ranks by :meth:`total`.
         """
@@ -132,7 +134,9 @@ class CalibratedModule(MergeModule):
             span = range(number * self.image_batch, min((number + 1) * self.image_batch, len(data)))
             images, labels, index = zip(*(data[item] for item in span), strict=True)
             pictures = torch.stack(images).to(self.device, dtype)
-            yield number, LabelledBatch(pictures, torch.tensor(labels, device=self.device), torch.tensor(index))
+            known = torch.tensor(labels, device=self.device)
+            known = known if split == "train" else torch.full_like(known, -1)
+            yield number, LabelledBatch(pictures, known, torch.tensor(index))
 
     def _batches(self, task: str) -> int:
         return -(-len(self.positions(task)) // self.image_batch)
@@ -147,6 +151,15 @@ class CalibratedModule(MergeModule):
             value = value.contiguous()
             torch.distributed.all_reduce(value)
         return value
+
+    def _check_patterns(self, bank: TaskVectors) -> None:
+        for pattern in self.at_base:
+            if not any(fnmatchcase(name, pattern) for name in bank.names):
+                some = ", ".join(bank.names[:4])
+                raise MergeError(
+                    f"{type(self).__name__}.at_base: {pattern!r} fits no tensor, of {some} …; expected whole names or "
+                    "patterns for them"
+                )
 
     def stays(self, name: str) -> bool:
         """Whether a tensor stays at the base."""
@@ -192,6 +205,7 @@ class CalibratedModule(MergeModule):
         # not in inference mode, whose tensors have no gradients; nor in half precision
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             if self._made is None or self._made[0] is not bank:
+                self._check_patterns(bank)
                 made = self.combine(bank)
                 self._made = (bank, {n: torch.zeros_like(v) if self.stays(n) else v for n, v in made.items()})
             return bank.offset({name: value.to(self.device) for name, value in self._made[1].items()})

@@ -48,16 +48,22 @@ class RegMeanPlusPlus(RegMean):
         merged = {name: merge_other(delta, self.others) for name, delta in bank.deltas.items()}
         merged |= {name: torch.zeros_like(value) for name, value in merged.items() if self.stays(name)}
         self._kept = {task: list(super(RegMeanPlusPlus, self).task_images(task)) for task in bank.tasks}
-        stages = self._stages(bank)
+        try:
+            stages = self._stages(bank)
+            self._solve_blocks(bank, merged, stages)
+        finally:
+            self._kept = {}  # images
+        self.solved = tuple(name for weights in stages.values() for name in weights)
+        return merged
+
+    def _solve_blocks(self, bank: TaskVectors, merged: dict[str, Tensor], stages: Mapping[str, list[str]]) -> None:
+        """Put the merged weights of one block after the other into the merged task vector."""
         for block, weights in stages.items():
             equations: dict[str, NormalEquations] = {}
             for row, task in enumerate(bank.tasks):
                 state = self._hybrid(bank, merged, task, block)
                 self.add(equations, bank, row, self.inputs(state, task, weights, stop=True))
-            merged |= {name: self.solve(layer) for name, layer in equations.items()}
-        self._kept = {}
-        self.solved = tuple(name for weights in stages.values() for name in weights)
-        return merged
+            merged.update({name: self.solve(layer) for name, layer in equations.items()})
 
     def task_images(self, task: str) -> list[Tensor]:
         """Images ``(B, C, H, W)`` of a task, kept from block to block."""

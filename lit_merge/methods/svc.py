@@ -29,7 +29,7 @@ class Svc(MergeModule):
 
     Directions that several tasks share are in a sum once per task; γ takes them back to once, and lifts what the merge
     holds too little of, by at most 1 / α. Data-free. Matrices are calibrated, position embeddings included; other
-    tensors stay as merged.
+    tensors stay as merged, and so do running statistics, unless ``buffers`` says otherwise.
 
     Args:
         merged: The merge: ``merged.safetensors`` of an export, its folder, or a state dict; null for task arithmetic.
@@ -87,8 +87,8 @@ class Svc(MergeModule):
             return bank.offset({name: value.to(self.device) for name, value in self._made[1].items()})
 
     def complete(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Add what a network needs besides; running statistics are those of the merged network, if one was given."""
-        statistics = {} if self.buffer_policy == "recalibrate" else self._statistics
+        """Add what a network needs besides; running statistics that would be averaged are those of the given merge."""
+        statistics = self._statistics if self.buffer_policy == "average" else {}
         return super().complete(parameters) | {name: value.to(self.device) for name, value in statistics.items()}
 
     def _calibrated(self, bank: TaskVectors) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from testers import TINY
 from torch import Tensor
 from toys import ToySuite
 
-from lit_merge import MergeError, MergeTrainer, TaskDataModule
+from lit_merge import MergeError, MergeModule, MergeTrainer, TaskDataModule
 from lit_merge import functional as F
 from lit_merge.calibrated_module import CalibratedModule
 from lit_merge.callbacks import Report
@@ -27,7 +27,7 @@ def images(suite: Suite, task: str, split: Any = "train") -> Tensor:
     return torch.stack([data[place][0] for place in range(len(data))]).double()
 
 
-def made(kind: type[CalibratedModule], suite: Suite, **kwargs: Any) -> Any:
+def made(kind: type[MergeModule], suite: Suite, **kwargs: Any) -> Any:
     module = kind(suite=suite, **kwargs)
     module.configure_model()
     return module
@@ -123,6 +123,7 @@ def test_only_images_that_may_be_adapted_on() -> None:
     MergeTrainer(**TINY).test(module, datamodule=data, verbose=False)
     for task, places in data.positions("adapt").items():
         assert sorted(module.positions(task)) == places
+        assert all(bool((batch.labels == -1).all()) for _, batch in module.batches(task))
     with pytest.raises(MergeError, match="adapt needs a TaskDataModule to say which test images"):
         made(RegMean, suite, image_source="adapt").merged_state()
     online = TaskDataModule(suite, protocol="online")
@@ -167,6 +168,10 @@ def test_svc_of_any_merge(tmp_path: Path) -> None:
         again.configure_model()
         for name, value in direct.merged_state().items():
             torch.testing.assert_close(again.merged_state()[name], value, rtol=1e-4, atol=1e-5)
+    average, base = ({**made(Svc, suite, merged=path, buffers=b).merged_state()} for b in ("average", "base"))
+    name = "bn1.running_mean"
+    assert torch.equal(average[name], merge.merged_state()[name])
+    assert torch.equal(base[name], suite.base()[name])
     with pytest.raises(MergeError, match=r"Svc\.merged: a merge that is given needs a suite"):
         Svc(merged=path, suite=suite).merge(direct.bank)
     other = Svc(merged=dict(ToySuite("mlp").base()), suite=suite)
@@ -211,3 +216,11 @@ def test_refuses(kind: Any, kwargs: dict[str, Any], message: str) -> None:
 def test_refuses_a_suite_without_training_images() -> None:
     with pytest.raises(MergeError, match=r"task 'task\.a' has no train set"):
         made(RegMean, ToySuite("mlp")).merged_state()
+
+
+def test_a_pattern_that_fits_nothing_is_refused() -> None:
+    suite = ToySuite("vit", train=True)
+    with pytest.raises(MergeError, match=r"RegMean\.at_base: '\*post_layernorm\*' fits no tensor"):
+        made(RegMean, suite, at_base=["*post_layernorm*"]).merged_state()
+    stays = made(RegMean, suite, at_base=["ln_post*"]).merged_state()
+    assert all(torch.equal(stays[name], value) for name, value in suite.base().items() if name.startswith("ln_post"))
