@@ -140,9 +140,13 @@ def _line(row: Mapping[str, Any]) -> str:
     accuracy, normalized = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (row["accuracy"], row["normalized"]))
     costs = ["", ""]  # of base and experts
     if seconds := row["seconds"]:
-        costs = [f"{seconds:.2g}" if seconds < 10 else f"{seconds:.0f}", f"{row['peak_bytes'] / 2**20:.0f}"]
+        costs = [_short(seconds), _short(row["peak_bytes"] / 2**20)]
     stored = f"{row['stored_bytes'] / 1e6:.2f}"
     return f"| {' | '.join((name, row['sees'], accuracy, normalized, *costs, stored))} |"
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:

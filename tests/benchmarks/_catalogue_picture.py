@@ -44,7 +44,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axes: Any, points: Sequence[tuple[float, dict[str, Any]]], label: str) -> None:  # noqa: ANN401
+def _panel(axes: Any, points: Sequence[tuple[float, dict[str, Any]]], label: str) -> None:
     axes.set_xscale("log")
     axes.set_xlabel(label)
     axes.grid(alpha=0.25, linewidth=0.6)

@@ -3,10 +3,10 @@
     python tests/benchmarks/catalogue.py --seeds 0 1 2 --output runs/catalogue --picture
     python tests/benchmarks/catalogue.py --seeds 0 --methods "iso-*" doge
 
-A row is a bundled config with its shipped settings, as ``lit-merge merge`` or ``lit-merge fit`` with ``--config NAME.yaml
---suite.seed SEED --seed_everything SEED`` has them, without validation and callbacks. Rows with "best" in their name take
-the value of a grid that is most accurate on every fourth *training* image. ``EXCLUDED`` in ``_catalogue.py`` says which
-configs are left out, and why.
+A row is a bundled config with its shipped settings, as ``lit-merge merge`` or ``lit-merge fit`` has them with the options
+``--config NAME.yaml --suite.seed SEED --seed_everything SEED``, without validation and callbacks. Rows with "best" in
+their name take the value of a grid that is most accurate on every fourth *training* image. ``EXCLUDED`` in
+``_catalogue.py`` says which configs are left out, and why.
 
 Each row and seed is a process of its own, forked from one that has read the libraries. Seconds are CPU seconds of
 transforms, calibration, fit and merge, and of a grid's choice, once networks and data were read; memory is the largest
@@ -137,7 +137,13 @@ def sees(model: MergeModule) -> str:
 def measure(entry: Entry, seed: int, folder: str) -> dict[str, Any]:
     """One row of one seed."""
     fixed = [f"--trainer.{key}={value}" for key, value in TRAINER.items()] + [f"--trainer.default_root_dir={folder}"]
-    arguments = ["--config", f"{entry.config}.yaml", *entry.options, f"--suite.seed={seed}", f"--seed_everything={seed}"]
+    arguments = [
+        "--config",
+        f"{entry.config}.yaml",
+        *entry.options,
+        f"--suite.seed={seed}",
+        f"--seed_everything={seed}",
+    ]
     meter, chosen = Meter(), None
     if entry.grid:
         scores = {}
@@ -150,14 +156,20 @@ def measure(entry: Entry, seed: int, folder: str) -> dict[str, Any]:
         fixed.append(f"--model.{entry.option}={chosen}")
     spent, peak = meter.seconds, meter.peak_bytes if entry.grid else 0
     model = made([*arguments, *fixed], meter)
+    spent, peak = spent or meter.seconds, peak or meter.peak_bytes
+    found: dict[str, float] = {}
+    for tasks, state in networks(model):
+        found |= accuracies(model, state, "test", tasks)
     return {
         "chosen": chosen,
         "sees": "training labels" if entry.grid else sees(model),
-        "seconds": spent or meter.seconds,
-        "peak_bytes": peak or meter.peak_bytes,
+        "seconds": spent,
+        "peak_bytes": peak,
         "networks": len(model.suite.tasks) if hasattr(model, "task_state") else 1,
         "stored_bytes": model.stored_bytes,
-        "tasks": {task: a for some, state in networks(model) for task, a in accuracies(model, state, "test", some).items()},
+        "tasks": {
+            task: a for some, state in networks(model) for task, a in accuracies(model, state, "test", some).items()
+        },
     }
 
 
@@ -193,7 +205,7 @@ def work(end: Connection, entry: Entry, seed: int) -> None:
 def in_a_process(entry: Entry, seed: int) -> dict[str, Any]:
     """Measure, or say what went wrong."""
     here, there = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(there, entry, seed))
+    process = FORK.Process(target=work, args=(there, entry, seed), daemon=True)
     process.start()
     there.close()
     try:

@@ -34,6 +34,7 @@ from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective,
 from lit_merge.suites import Split, Suite
 from lit_merge.transforms import Ties
 
+
 def row(module: MergeModule, state: Mapping[str, Tensor], experts: Mapping[str, float], seconds: float) -> Row:
     scores = accuracies(module, state, "test")
     return {
