@@ -3,15 +3,16 @@
     python tests/benchmarks/catalogue.py --seeds 0 1 2 --output runs/catalogue --picture
     python tests/benchmarks/catalogue.py --seeds 0 --methods "iso-*" doge
 
-A row is a bundled config with its shipped settings, as ``lit-merge merge`` or ``lit-merge fit`` has them with the options
+A row is a bundled config with its shipped settings, as ``lit-merge merge`` or ``lit-merge fit`` has them with
 ``--config NAME.yaml --suite.seed SEED --seed_everything SEED``, without validation and callbacks. Rows with "best" in
 their name take the value of a grid that is most accurate on every fourth *training* image. ``EXCLUDED`` in
 ``_catalogue.py`` says which configs are left out, and why.
 
 Each row and seed is a process of its own, forked from one that has read the libraries. Seconds are CPU seconds of
-transforms, calibration, fit and merge, and of a grid's choice, once networks and data were read; memory is the largest
-resident set beyond that of the same moment; bytes are all that has to be kept to serve all tasks, heads aside. Results
-are kept in ``OUTPUT/rows``; a second call makes only what is missing, failed, or older than its config. Linux only.
+transforms, calibration, fit and merge, and of a grid's choice, once networks and data were read. Memory is the largest
+resident set beyond that of the same moment; scoring does not count. Bytes are all that has to be kept to serve all
+tasks, heads aside. Results are kept in ``OUTPUT/rows``; a second call makes only what is missing, failed, or older than
+its config. Linux only.
 """
 
 from __future__ import annotations
@@ -57,26 +58,24 @@ TRAINER = {
 
 
 class Meter:
-    """CPU seconds between :meth:`start` and :meth:`stop`, several in a row, and memory from the first start on."""
+    """CPU seconds between :meth:`start` and :meth:`stop`, added up, and the largest memory of any one span."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.peak_bytes = 0
         self._started = 0.0
-        self._resident: int | None = None
+        self._resident = 0
 
     def start(self) -> None:
-        if self._resident is None:
-            gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of reading
-            self._resident = memory("VmRSS")
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what was before
+        self._resident = memory("VmRSS")
         self._started = time.process_time()
 
-    def stop(self) -> None:
+    def stop(self, merging: bool = True) -> None:
         self.seconds += time.process_time() - self._started
-
-    @property
-    def peak_bytes(self) -> int:
-        return max(0, memory("VmHWM") - (self._resident or 0))
+        if merging:
+            self.peak_bytes = max(self.peak_bytes, memory("VmHWM") - self._resident)
 
 
 def memory(key: str) -> int:
@@ -151,7 +150,7 @@ def measure(entry: Entry, seed: int, folder: str) -> dict[str, Any]:
             model = made([*arguments, *fixed, f"--model.{entry.option}={value}"], meter)
             meter.start()
             scores[value] = fmean(accuracies(model, model.merged_state(), "train", every=4).values())
-            meter.stop()
+            meter.stop(merging=False)
         chosen = max(scores, key=lambda value: (scores[value], -value))
         fixed.append(f"--model.{entry.option}={chosen}")
     spent, peak = meter.seconds, meter.peak_bytes if entry.grid else 0
