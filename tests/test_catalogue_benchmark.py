@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from benchmarks._catalogue import EXCLUDED, entries, mean_rows, pareto_front, spread_out, table
+from benchmarks._catalogue import EXCLUDED, entries, label_places, mean_rows, pareto_front, table
 from toys import ToySuite
 
 from lit_merge import SimpleAverage, configs, methods
@@ -67,13 +66,15 @@ def test_the_front_is_what_no_other_row_beats() -> None:
     assert [points[name][0] for name in front] == sorted(points[name][0] for name in front)
 
 
-def test_labels_are_apart_in_order_and_near() -> None:
-    assert spread_out([0.0, 0.5, 5.0], 1.0) == [-0.25, 0.75, 5.0]
-    drawn = (10 * torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).tolist()
-    placed = spread_out(drawn, 0.7)
-    order = sorted(range(20), key=lambda i: drawn[i])
-    assert all(placed[b] - placed[a] > 0.7 - 1e-9 for a, b in pairwise(order))
-    assert sum(placed) == pytest.approx(sum(drawn))  # piles grow around their middle
+def test_labels_cover_no_point_of_the_front_and_no_other_label() -> None:
+    drawn = torch.rand(2, 12, generator=torch.Generator().manual_seed(0)).sort(1).values
+    points = [(float(x), float(y)) for x, y in drawn.T]
+    places = label_places(points, [0.15] * 12, 0.04)
+    for number, (left, height) in enumerate(places):
+        assert left >= 0
+        assert all(height >= y + 0.04 - 1e-9 for x, y in points if left <= x <= left + 0.15)
+        near = [other for other in places[:number] if abs(other[0] - left) < 0.15]
+        assert all(abs(other[1] - height) >= 0.04 - 1e-9 for other in near)
 
 
 def test_one_network_is_stored_once_with_tied_names_once() -> None:

@@ -15,7 +15,7 @@ import yaml
 
 from lit_merge import configs
 
-__all__ = ("EXCLUDED", "Entry", "Result", "entries", "mean_rows", "pareto_front", "spread_out", "table")
+__all__ = ("EXCLUDED", "Entry", "Result", "by_tasks", "entries", "label_places", "mean_rows", "pareto_front", "table")
 
 EXCLUDED = {
     "finetune*": "makes experts",
@@ -162,27 +162,29 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def spread_out(positions: Sequence[float], gap: float) -> list[float]:
-    """Positions at least ``gap`` apart, in the same order, near the given ones: for labels.
+def label_places(
+    points: Sequence[tuple[float, float]], widths: Sequence[float], gap: float
+) -> list[tuple[float, float]]:
+    """Left end and height of the labels of a front that rises from left to right.
 
-    Neighbours that are too close become a pile, centred where their middle was; piles that meet become one.
+    A label ends at its point, or begins there if the left margin is too near. It lies above every point that it passes,
+    and labels that share a piece of the abscissa are at least ``gap`` apart.
 
-    >>> spread_out([0.0, 0.5, 5.0], 1.0)
-    [-0.25, 0.75, 5.0]
+    Args:
+        points: Abscissa in [0, 1] and height, from left to right.
+        widths: Of the labels, in units of the abscissa.
+        gap: Height of a label, in units of the height.
+
+    >>> label_places([(0.1, 5.0), (0.5, 5.5), (0.6, 9.0)], [0.2, 0.2, 0.2], 1.0)
+    [(0.1, 6.0), (0.3, 6.5), (0.4, 10.0)]
     """
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    piles: list[list[int]] = []
-
-    def bottom(pile: list[int]) -> float:
-        return fmean(positions[i] for i in pile) - gap * (len(pile) - 1) / 2
-
-    for i in order:
-        piles.append([i])
-        while len(piles) > 1 and bottom(piles[-1]) < bottom(piles[-2]) + gap * len(piles[-2]):
-            last = piles.pop()
-            piles[-1] += last
-    placed = list(positions)
-    for pile in piles:
-        for place, i in enumerate(pile):
-            placed[i] = bottom(pile) + gap * place
+    placed: list[tuple[float, float]] = []
+    for (x, height), width in zip(points, widths, strict=True):
+        left = x - width if x > width else x
+        top = max([height, *(y for at, y in points if left <= at <= left + width)]) + gap
+        others = [(start, span, at) for (start, at), span in zip(placed, widths, strict=False)]
+        for start, span, at in sorted(others, key=lambda other: other[2]):
+            if start < left + width and left < start + span and abs(at - top) < gap:
+                top = at + gap
+        placed.append((left, top))
     return placed
