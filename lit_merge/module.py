@@ -118,6 +118,12 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
         return {}
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes to be kept to serve all tasks, heads aside: one network, unless the method says otherwise."""
+        state = {id(value): value for value in self.bank.base.values()}  # tied names once
+        return sum(value.nbytes for value in state.values())
+
+    @property
     def needs(self) -> Needs:
         """What the rule has to see at once, see :mod:`lit_merge.streaming`; a method that says nothing: everything."""
         return "data" if self.learnable else "network"

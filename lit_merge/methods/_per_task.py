@@ -44,10 +44,23 @@ class PerTaskModule(MergeModule):
         own = self.bank.expert(task)  # statistics of other networks, averaged or measured, would not fit this one
         return {name: own[name] if name in self.skeleton.buffers_of else value for name, value in state.items()}
 
+    @property
+    def modulator_bytes(self) -> int:
+        """Bytes of all modulators: a bit per entry and task, packed, and a number per task."""
+        return len(self.bank.tasks) * ((sum(self.bank.sizes) + 7) // 8 + 4)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes to be kept to serve all tasks: base, vector, modulators, and the tasks' running statistics."""
+        base = self.bank.base
+        vector = sum(base[name].nbytes for name in self.bank.names)
+        statistics = len(self.bank.tasks) * sum(base[name].nbytes for name in self.skeleton.buffers_of)
+        return super().stored_bytes + vector + self.modulator_bytes + statistics
+
     def report_extra(self) -> dict[str, Any]:
         """Say that T networks were scored, and how large what makes them is."""
-        entries, tasks = sum(self.bank.sizes), len(self.bank.tasks)
-        return {"networks": tasks, "task_identity": "known", "modulator_bytes": tasks * ((entries + 7) // 8 + 4)}
+        tasks = len(self.bank.tasks)
+        return {"networks": tasks, "task_identity": "known", "modulator_bytes": self.modulator_bytes}
 
     def forward(self, images: Tensor, task: str) -> Tensor:
         """Return the logits of a task's network: images ``(B, C, H, W)`` to ``(B, classes)``."""

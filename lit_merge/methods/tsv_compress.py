@@ -108,6 +108,13 @@ class TsvCompress(OnMatrices):
         self._merged = self._state_for(self._task(self.trainer.predict_dataloaders, dataloader_idx))
         return super().predict_step(batch, batch_idx, dataloader_idx)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes to be kept to serve all tasks: base, compressed task vectors, and the tasks' running statistics."""
+        self.merge(self.bank)
+        statistics = len(self.bank.tasks) * sum(self.bank.base[name].nbytes for name in self.skeleton.buffers_of)
+        return super().stored_bytes + compressed_bytes(self.compressed) + statistics
+
     def report_extra(self) -> dict[str, Any]:
         """Return the bytes of the compressed task vectors, of the whole ones and of the base, and their ratio."""
         self.merge(self.bank)

@@ -1,4 +1,4 @@
-"""All methods on the embedded suite: the table and the picture of README.
+"""AdaMerging and fixed scales on the embedded suite: the first table and the picture of README.
 
     python tests/benchmarks/embedded_suite.py --seeds 0 1 2 --output runs/embedded-suite
 
@@ -19,13 +19,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import lightning as L
-import torch
+from _embedded import SCALES, Row, accuracies, spread  # type: ignore[import-not-found]
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_merge import AdaMerging, MergeModule, MergeTrainer, MiniSuite, SimpleAverage, TaskArithmetic, TaskDataModule
 from lit_merge import functional as F
@@ -34,22 +33,6 @@ from lit_merge.checkpoints import write_json
 from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, Objective, WeightedSum
 from lit_merge.suites import Split, Suite
 from lit_merge.transforms import Ties
-
-SCALES = tuple(s / 10 for s in range(1, 11))
-Row = dict[str, Any]
-
-
-@torch.inference_mode()
-def accuracies(module: MergeModule, state: Mapping[str, Tensor], split: Split) -> dict[str, float]:
-    """Accuracy per task of a complete state dict."""
-    result = {}
-    for task in module.suite.tasks:
-        hits = total = 0
-        for images, labels in DataLoader(module.suite.dataset(task, split), batch_size=512):  # type: ignore[arg-type]
-            hits += int((module.outputs(state, task, images)[1].argmax(-1) == labels).sum())
-            total += len(labels)
-        result[task] = hits / total
-    return result
 
 
 def row(module: MergeModule, state: Mapping[str, Tensor], experts: Mapping[str, float], seconds: float) -> Row:
@@ -139,15 +122,11 @@ def table(results: Mapping[str, Mapping[str, Row]]) -> str:
     base, top = (fmean(s[name]["accuracy"] for s in seeds) for name in ("base", "experts"))
     lines = ["| method | accuracy | normalized | gap closed | seconds |", "| --- | --- | --- | --- | --- |"]
     for name in seeds[0]:
-        cells = [f"{_spread([100 * s[name][key] for s in seeds])}" for key in ("accuracy", "normalized")]
+        cells = [f"{spread([100 * s[name][key] for s in seeds])}" for key in ("accuracy", "normalized")]
         closed = (fmean(s[name]["accuracy"] for s in seeds) - base) / (top - base)
         seconds = min(s[name]["seconds"] for s in seeds)  # whatever else the machine did
         lines.append(f"| {name} | {' | '.join(cells)} | {100 * closed:.0f} % | {seconds:.0f} |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{fmean(values):.1f} ± {stdev(values) if len(values) > 1 else 0:.1f}"
 
 
 def main() -> None:

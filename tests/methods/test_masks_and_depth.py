@@ -101,6 +101,11 @@ class PerTask(MergeTester):
         for task in suite.tasks:
             own, expert = module.task_state(task), suite.expert(task)  # type: ignore[operator]
             assert all(torch.equal(own[name], expert[name]) for name in ("bn1.running_mean", "blocks.1.running_var"))
+        base = suite.base()  # base and vector, a bit per entry and task, and the tasks' statistics
+        statistics = sum(value.nbytes for name, value in base.items() if "running" in name or "tracked" in name)
+        assert module.bank.base.keys() == base.keys()
+        whole = sum(value.nbytes for value in base.values())
+        assert module.stored_bytes == 2 * whole - statistics + 3 * statistics + module.report_extra()["modulator_bytes"]
 
 
 class TestTallMasks(PerTask):

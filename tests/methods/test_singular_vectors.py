@@ -159,3 +159,4 @@ class TestTsvCompress(MergeTester):
         assert found["compressed"] == 3 * 2 * (199 + 11 + 10)
         assert found["task_vectors"] == 3 * found["base"] == 3 * 4 * (6 * 192 + 4 * 6 + 10)
         assert found["ratio"] == found["compressed"] / found["task_vectors"]
+        assert module.stored_bytes == found["compressed"] + found["base"]
