@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from safetensors.torch import save_file
@@ -62,15 +63,18 @@ class DecompositionCache:
         self.hits = 0
         self.misses = 0
         self._kept: dict[str, Factors] = {}
+        self._lock = Lock()  # of the counts: several matrices are decomposed at once
 
     def __call__(self, matrix: Tensor, rank: int) -> Factors:
         """Return the leading triplets of a matrix ``(m, n)``; see :func:`lit_merge.functional.truncated_svd`."""
         key = self.key(matrix, rank)
         found = self._kept.get(key) if self.folder is None else self._read(self.folder / f"{key}.safetensors")
         if found is not None:
-            self.hits += 1
+            with self._lock:
+                self.hits += 1
             return Factors(*(part.to(matrix.device) for part in found))
-        self.misses += 1
+        with self._lock:
+            self.misses += 1
         made = truncated_svd(matrix, rank, **self.settings)
         if self.folder is None:
             self._kept[key] = made

@@ -31,11 +31,20 @@ from lit_merge.functional.opcm import OpcmFacts, ProjectionFacts, opcm, opcm_pro
 from lit_merge.functional.pcb import pcb_merge
 from lit_merge.functional.regmean import NormalEquations, regmean
 from lit_merge.functional.sce import sce_merge
-from lit_merge.functional.selection import kth_magnitudes
+from lit_merge.functional.selection import kth_magnitude, kth_magnitudes
 from lit_merge.functional.spherical import karcher_mean, slerp
 from lit_merge.functional.sums import mean_merge, sum_merge
 from lit_merge.functional.svc import calibration_factors, svc
-from lit_merge.functional.ties import TiesFacts, disjoint_mean_merge, elect_signs, majority_sign, ties, ties_facts, trim
+from lit_merge.functional.ties import (
+    TiesFacts,
+    disjoint_mean_merge,
+    elect_signs,
+    majority_sign,
+    ties,
+    ties_facts,
+    ties_merge,
+    trim,
+)
 from lit_merge.functional.tsv import (
     Decompose,
     TsvFacts,
@@ -93,6 +102,7 @@ __all__ = (
     "karcher_mean",
     "kept_rank",
     "knots",
+    "kth_magnitude",
     "kth_magnitudes",
     "leaf_loss",
     "left_basis",
@@ -127,6 +137,7 @@ __all__ = (
     "task_singular_vectors",
     "ties",
     "ties_facts",
+    "ties_merge",
     "trim",
     "truncated_svd",
     "tsv_compress",

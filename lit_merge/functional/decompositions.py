@@ -2,16 +2,19 @@
 
 =================  ====================================================================================================
 ``svd``            LAPACK or cuSOLVER on the matrix itself; resolves singular values down to eps · σ_1
-``gram``           eigenvectors of the smaller Gram matrix, in float64; resolves down to 1e-7 · σ_1, which is more than
-                   ``svd`` does in float32, for less time
+``gram``           eigenvectors of the smaller Gram matrix, in float64 where it matters, see
+                   :mod:`lit_merge.functional.grams`; resolves down to 1e-7 · σ_1, which is more than ``svd`` does in
+                   float32, for less time
 ``randomized``     range finder with power iterations (Halko et al.); its error is bounded, see
                    :func:`randomized_error_bound`, but its *subspaces* are not those of the exact decomposition
-``newton-schulz``  polar factors only: nothing but matrix products, for accelerators
+``newton-schulz``  polar factors only: nothing but matrix products in float64, for accelerators
 =================  ====================================================================================================
 
-``auto`` is ``gram`` for float32 and below and ``svd`` for float64. It is never ``randomized``: where the spectrum is
-flat at the cut, an approximation within 1 % of the best one can have quite another subspace, and the orthogonalisation
-of task singular vectors amplifies the difference (by the inverse of the smallest singular value of the concatenation).
+``auto`` is ``gram`` for float32 and below and ``svd`` for float64; for polar factors on an accelerator it is
+``newton-schulz``. Several matrices are decomposed side by side on a CPU, and in one batch elsewhere. It is never
+``randomized``: where the spectrum is flat at the cut, an approximation within 1 % of the best one can have quite
+another subspace, and the orthogonalisation of task singular vectors amplifies the difference (by the inverse of the smallest
+singular value of the concatenation).
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.grams import eigenvectors, gram, outer, times
 from lit_merge.functional.scopes import wide
+from lit_merge.functional.side_by_side import side_by_side
 
 __all__ = ("Factors", "PolarMethod", "SvdMethod", "left_basis", "polar", "randomized_error_bound", "truncated_svd")
 
@@ -31,7 +36,7 @@ SvdMethod = Literal["auto", "svd", "gram", "randomized"]
 PolarMethod = Literal["auto", "svd", "gram", "newton-schulz"]
 
 _RESOLVED = 1e-7  # of σ_1: the Gram matrix has its square, which float64 still tells from rounding
-_ROWS = 512  # that are widened to float64 at once
+_WELL = 1e-4  # least λ / λ_1 of a Gram matrix whose inverse root may be multiplied with in float32: κ = 100
 
 
 class Factors(NamedTuple):
@@ -61,7 +66,7 @@ def truncated_svd(
     power_iterations: int = 4,
     seed: int = 0,
 ) -> Factors:
-    """Return the leading singular triplets of each matrix; one matrix at a time is decomposed.
+    """Return the leading singular triplets of each matrix.
 
     A direction with σ ≤ ``tolerance`` · σ_1 is not a direction of the matrix but of its rounding errors: its vectors
     and its σ are zero. So the zero matrix has zero factors, and an update of rank 16 has at most 16 columns that are
@@ -99,20 +104,24 @@ def truncated_svd(
     _check(method, get_args(SvdMethod), tolerance)
     if oversampling < 0 or power_iterations < 0:
         raise MergeError(f"oversampling, power_iterations: expected ≥ 0, found {oversampling}, {power_iterations}")
-    parts = []
-    for matrix in matrices.reshape(-1, *matrices.shape[-2:]):
-        if method == "randomized":
-            found = _randomized(wide(matrix), rank, oversampling, power_iterations, seed)
-        elif _exact(method, matrix) == "svd":
-            u, s, vh = torch.linalg.svd(wide(matrix), full_matrices=False)
-            found = Factors(u[:, :rank], s[:rank], vh[:rank])
-        else:
-            found = _by_gram(matrix, rank)
-        floor = max(tolerance, _RESOLVED) if _exact(method, matrix) == "gram" else tolerance
-        kept = (found.s > floor * found.s[0]).to(found.s)
-        parts.append(Factors(found.u * kept, found.s * kept, found.vh * kept[:, None]))
-    batch = matrices.shape[:-2]
-    return Factors(*(torch.stack(x).reshape(*batch, *x[0].shape) for x in zip(*parts, strict=True)))
+    route = "randomized" if method == "randomized" else _exact(method, matrices)
+    floor = max(tolerance, _RESOLVED) if route == "gram" else tolerance
+
+    def decompose(matrix: Tensor) -> Factors:
+        if route == "randomized":
+            return _kept(_randomized(wide(matrix), rank, oversampling, power_iterations, seed), floor)
+        if route == "gram":
+            return _kept(_by_gram(matrix, rank), floor)
+        u, s, vh = torch.linalg.svd(wide(matrix), full_matrices=False)
+        return _kept(Factors(u[:, :rank], s[:rank], vh[:rank]), floor)
+
+    batch, flat = matrices.shape[:-2], matrices.reshape(-1, *matrices.shape[-2:])
+    if matrices.device.type != "cpu" and route == "gram":
+        found = _by_grams(flat, rank, floor)
+    else:
+        parts = side_by_side(decompose, flat, flat.device)
+        found = Factors(*(torch.stack(x) for x in zip(*parts, strict=True)))
+    return Factors(*(x.reshape(*batch, *x.shape[1:]) for x in found))
 
 
 def randomized_error_bound(
@@ -153,8 +162,10 @@ def polar(matrix: Tensor, method: PolarMethod = "auto", *, ridge: float = 0.0, t
 
     Args:
         matrix: ``(m, n)``.
-        method: ``svd``; ``gram``, by eigenvectors of the smaller Gram matrix in float64; ``newton-schulz``, the
-            scaled cubic iteration, which falls back to ``gram`` if it does not converge because directions are missing.
+        method: ``svd``, whose error in float32 is about 1e-6 · κ with the condition number κ = σ_1 / σ_n; ``gram``,
+            by eigenvectors of the smaller Gram matrix, about 1e-6 whatever κ is, up to 1e7; ``newton-schulz``, the
+            scaled cubic iteration in float64, about 1e-6 too, which falls back to ``gram`` if it does not converge
+            because directions are missing.
         ridge: With λ > 0, A (AᵀA + λI)^{-1/2} instead: a singular value σ becomes σ / √(σ² + λ), so that what is
             nearly zero is not inflated to 1. Relative to the length of the columns where these are unit vectors.
         tolerance: Directions with σ ≤ ``tolerance`` · σ_1 are dropped: the factor is a partial isometry.
@@ -182,16 +193,23 @@ def polar(matrix: Tensor, method: PolarMethod = "auto", *, ridge: float = 0.0, t
         raise MergeError(f"ridge: expected a number ≥ 0, found {ridge}")
     if matrix.shape[0] < matrix.shape[1]:
         return polar(matrix.mT, method, ridge=ridge, tolerance=tolerance).mT
-    if method == "newton-schulz" and (found := _newton_schulz(wide(matrix), ridge, tolerance)) is not None:
-        return found
+    if method == "auto" and matrix.device.type != "cpu":
+        method = "newton-schulz"
+    dtype = wide(matrix[:0]).dtype
+    if method == "newton-schulz" and (found := _newton_schulz(matrix.double(), ridge, tolerance)) is not None:
+        return found.to(dtype)
     if _exact(method, matrix) == "svd":
         u, s, vh = torch.linalg.svd(wide(matrix), full_matrices=False)
         factor: Tensor = (u * torch.where(s > tolerance * s[0], s * (s.square() + ridge).rsqrt(), 0)) @ vh
         return factor
-    values, vectors = torch.linalg.eigh(_gram(matrix))
+    # a random matrix is well conditioned if it is twice as tall as wide, and never if it is square
+    values, vectors = eigenvectors(gram(matrix), matrix.shape[1], single=matrix.shape[0] >= 2 * matrix.shape[1])
     kept = values > max(tolerance, _RESOLVED) ** 2 * values[-1].clamp(min=0)
     inverse = torch.where(kept, (values + ridge).clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0)
-    return _times(matrix, (vectors * inverse) @ vectors.mT, wide(matrix[:1]).dtype)
+    root = outer(vectors, inverse.to(vectors.dtype))
+    if dtype == torch.float32 and bool(values[0] > _WELL * values[-1]):
+        return times(matrix, root.float(), dtype)
+    return times(matrix, root, dtype)
 
 
 def left_basis(matrices: Tensor, *, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -216,10 +234,10 @@ def left_basis(matrices: Tensor, *, tolerance: float = 1e-6) -> tuple[Tensor, Te
         u, s, _ = torch.linalg.svd(matrices.transpose(0, 1).flatten(1), full_matrices=False)
     else:
         tolerance = max(tolerance, _RESOLVED)
-        gram = matrices.new_zeros(matrices.shape[1], matrices.shape[1], dtype=torch.float64)
+        total = matrices.new_zeros(matrices.shape[1], matrices.shape[1], dtype=torch.float64)
         for matrix in matrices:
-            gram += _gram(matrix.mT)
-        values, vectors = torch.linalg.eigh(gram)
+            total += gram(matrix.mT)
+        values, vectors = torch.linalg.eigh(total)
         u, s = vectors.flip(1).to(wide(matrices[:0]).dtype), values.clamp(min=0).sqrt().flip(0).to(torch.float32)
     kept = s > tolerance * s[0]
     return u[:, kept], s[kept]
@@ -237,32 +255,35 @@ def _exact(method: str, matrix: Tensor) -> str:
     return ("svd" if matrix.dtype == torch.float64 else "gram") if method == "auto" else method
 
 
-def _gram(tall: Tensor) -> Tensor:
-    """Return AᵀA in float64 without a float64 copy of A."""
-    result = tall.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for rows in tall.split(_ROWS):
-        piece = rows.double()
-        result.addmm_(piece.mT, piece)
-    return result
-
-
-def _times(tall: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A · ``right``, computed in float64, without a float64 copy of A or of the result."""
-    result = tall.new_empty(tall.shape[0], right.shape[1], dtype=dtype)
-    for rows, out in zip(tall.split(_ROWS), result.split(_ROWS), strict=True):
-        out.copy_(rows.double() @ right)
-    return result
+def _kept(found: Factors, floor: float) -> Factors:
+    """Zero the triplets that are rounding errors, in place or not; ``(…, m, k)`` and so on."""
+    kept = (found.s > floor * found.s[..., :1]).to(found.s)
+    return Factors(found.u * kept.unsqueeze(-2), found.s * kept, found.vh * kept.unsqueeze(-1))
 
 
 def _by_gram(matrix: Tensor, rank: int) -> Factors:
     if matrix.shape[0] < matrix.shape[1]:
         u, s, vh = _by_gram(matrix.mT, rank)
         return Factors(vh.mT, s, u.mT)
-    v = torch.linalg.eigh(_gram(matrix)).eigenvectors[:, -rank:].flip(1)
-    scaled = _times(matrix, v, torch.float64)
+    return _left(matrix, eigenvectors(gram(matrix), rank)[1].flip(1))
+
+
+def _by_grams(matrices: Tensor, rank: int, floor: float) -> Factors:
+    """The same for ``(B, m, n)`` with one batched eigendecomposition in float64, as accelerators want it."""
+    if matrices.shape[1] < matrices.shape[2]:
+        u, s, vh = _by_grams(matrices.mT, rank, floor)
+        return Factors(vh.mT, s, u.mT)
+    vectors = torch.linalg.eigh(torch.stack([gram(matrix) for matrix in matrices])).eigenvectors
+    parts = [_left(a, v[:, -rank:].flip(1)) for a, v in zip(matrices, vectors, strict=True)]
+    return _kept(Factors(*(torch.stack(x) for x in zip(*parts, strict=True))), floor)
+
+
+def _left(tall: Tensor, v: Tensor) -> Factors:
+    """Return the triplets of right singular vectors ``(n, k)``."""
+    scaled = times(tall, v, v.dtype)
     s = scaled.norm(dim=0)  # more accurate than roots of eigenvalues
     u = scaled / s.clamp(min=torch.finfo(s.dtype).tiny)
-    dtype = wide(matrix[:1]).dtype
+    dtype = wide(tall[:0]).dtype
     return Factors(u.to(dtype), s.to(dtype), v.mT.to(dtype))
 
 
@@ -293,10 +314,10 @@ def _newton_schulz(tall: Tensor, ridge: float, tolerance: float) -> Tensor | Non
         return None
     x, lowest = tall / bound, max(tolerance, 1e-8)
     eye = torch.eye(tall.shape[1], dtype=tall.dtype, device=tall.device)
-    while lowest < 1 - 1e-7:
+    while lowest < 1 - 1e-9:
         end = max(lowest, 0.01)
         a = math.sqrt(3 / (1 + end + end * end))
         x = x @ torch.addmm(eye, x.mT, x, beta=1.5 * a, alpha=-0.5 * a**3)
         lowest = 0.5 * a * lowest * (3 - (a * lowest) ** 2)
     defect = torch.linalg.matrix_norm(x.mT @ x - eye) / math.sqrt(len(eye))
-    return x[:size] if defect < 1e-4 else None
+    return x[:size] if defect < 1e-6 else None

@@ -15,6 +15,7 @@ from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import Factors, PolarMethod, SvdMethod, polar, truncated_svd
 from lit_merge.functional.matrices import MatrixPolicy, merge_matrices
 from lit_merge.functional.scopes import wide
+from lit_merge.functional.side_by_side import side_by_side
 
 __all__ = ("common_rank", "iso_c", "iso_cts")
 
@@ -127,7 +128,11 @@ def iso_cts(
         # what the common vectors leave is rows − shared dimensional: where the other left vectors of the sum span it,
         # a few rows are decomposed instead of the matrix
         rest = whole.u[:, shared:] if rows <= columns and bool((whole.s > 0).all()) else None
-        tails = [_tail(matrix.to(total.dtype), head.u, rest, specific, method, tolerance) for matrix in matrices]
+
+        def tail_of(matrix: Tensor) -> Factors:
+            return _tail(matrix.to(total.dtype), head.u, rest, specific, method, tolerance)
+
+        tails = side_by_side(tail_of, matrices, matrices.device)
         tail = Factors(
             torch.cat([part.u for part in tails], dim=1),
             torch.cat([part.s for part in tails]),

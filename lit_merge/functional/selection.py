@@ -1,4 +1,4 @@
-"""Exact order statistics of vectors that are too long to be held: by the bits of their entries."""
+"""Exact order statistics of long vectors: by a sample in memory, by the bits of the entries where they are read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,51 @@ from torch import Tensor
 
 from lit_merge.functional.scopes import wide
 
-__all__ = ("kth_magnitudes",)
+__all__ = ("kth_magnitude", "kth_magnitudes")
 
 _DIGIT = 16  # bits that are decided on in one reading: a table of 65536 counts per task
 _PIECE = 2**22  # entries that are counted at once
+_NEAR = 2**18  # entries that are compared at once, which a cache holds
+_SAMPLE = 2**16
+_MARGIN = 5.0  # standard deviations of a rank in the sample
+
+
+def kth_magnitude(parts: Sequence[Tensor], rank: int) -> Tensor:
+    """Return the magnitude of a given rank, as sorting all entries would.
+
+    A sample brackets it. One reading counts what is below the bracket and collects what is within, some percent of the
+    entries, among which the answer is selected; in the rare case that it is not there, all of them are.
+
+    Args:
+        parts: The vector in pieces of any shape and one type; the entries are finite.
+        rank: From 1 for the smallest to the number of entries.
+
+    Returns:
+        A scalar of the type of the entries.
+
+    >>> kth_magnitude([torch.tensor([5.0, -3.0]), torch.tensor([[-4.0]])], 2)
+    tensor(4.)
+    """
+    flat = [part.reshape(-1) for part in parts if part.numel()]
+    size = sum(len(part) for part in flat)
+    if size > 4 * _SAMPLE:
+        step = size // _SAMPLE
+        sample = torch.cat([part[::step] for part in flat]).abs().sort().values  # of every part, however short it is
+        place, spread = rank / size * len(sample), _MARGIN * len(sample) ** 0.5 / 2 + len(flat)
+        first, last = int(place - spread), int(place + spread) + 1
+        lowest = sample[first] if first >= 0 else sample.new_zeros(())
+        highest = sample[last] if last < len(sample) else sample.new_full((), torch.inf)
+        below, within = 0, []
+        for part in flat:
+            for piece in part.split(_NEAR if part.device.type == "cpu" else _PIECE):
+                values = piece.abs()
+                inside = values >= lowest
+                below += len(values) - int(inside.count_nonzero())
+                within.append(values[inside.logical_and_(values <= highest)])
+        near = torch.cat(within)
+        if below < rank <= below + len(near):
+            return near.kthvalue(rank - below).values
+    return torch.cat(flat).abs_().kthvalue(rank).values
 
 
 def kth_magnitudes(pieces: Iterable[Mapping[str, Tensor]], rank: Callable[[int], int]) -> Tensor:

@@ -7,16 +7,31 @@ All tensors of a task form one vector: trimming is global, so a tensor that chan
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.scopes import wide
-from lit_merge.functional.selection import kth_magnitudes
+from lit_merge.functional.selection import kth_magnitude, kth_magnitudes
+from lit_merge.functional.side_by_side import side_by_side
 
-__all__ = ("TiesFacts", "disjoint_mean_merge", "elect_signs", "majority_sign", "ties", "ties_facts", "trim")
+__all__ = (
+    "TiesFacts",
+    "disjoint_mean_merge",
+    "elect_signs",
+    "majority_sign",
+    "ties",
+    "ties_facts",
+    "ties_merge",
+    "trim",
+)
+
+
+Reduce = Literal["mean", "sum"]
+
+_ENTRIES = 2**16  # that are merged at once: a cache holds them for eight tasks
 
 
 class TiesFacts(NamedTuple):
@@ -67,7 +82,7 @@ def majority_sign(pieces: Iterable[Mapping[str, Tensor]]) -> float:
     """
     balance = 0.0
     for piece in pieces:
-        balance += sum(float(delta.sum(0).sign().sum()) for delta in piece.values())
+        balance += sum(float(_sum(delta).sign().sum()) for delta in piece.values())
         del piece
     return -1.0 if balance < 0 else 1.0
 
@@ -109,12 +124,13 @@ def _check(density: float) -> None:
 def _thresholds(deltas: Mapping[str, Tensor], density: float) -> Tensor:
     """Magnitude of the last entry that stays, per task: ``(T,)``."""
     tasks = len(next(iter(deltas.values()))) if deltas else 0
-    rows = []
-    for task in range(tasks):  # one task at a time: the flat copy is one model, not T
-        flat = torch.cat([delta[task].abs().flatten() for delta in deltas.values()])
-        keep = max(1, round(density * flat.numel()))
-        rows.append(flat.kthvalue(flat.numel() - keep + 1).values)
-    return torch.stack(rows) if rows else torch.empty(0)
+
+    def threshold(task: int) -> Tensor:
+        parts = [delta[task] for delta in deltas.values()]
+        size = sum(part.numel() for part in parts)
+        return kth_magnitude(parts, size - max(1, round(density * size)) + 1)
+
+    return torch.stack(side_by_side(threshold, range(tasks), _device(deltas))) if tasks else torch.empty(0)
 
 
 def elect_signs(deltas: Mapping[str, Tensor], *, majority: float | None = None) -> dict[str, Tensor]:
@@ -134,7 +150,7 @@ def elect_signs(deltas: Mapping[str, Tensor], *, majority: float | None = None) 
     >>> elect_signs({"w": torch.tensor([[1.0, -4.0, 2.0], [2.0, 1.0, -2.0]])})
     {'w': tensor([ 1., -1.,  1.])}
     """
-    signs = {name: delta.sum(0).sign() for name, delta in deltas.items()}
+    signs = {name: _sum(delta).sign() for name, delta in deltas.items()}
     if majority is None:
         majority = -1.0 if sum(float(sign.sum()) for sign in signs.values()) < 0 else 1.0
     return {name: sign.masked_fill_(sign == 0, majority) for name, sign in signs.items()}
@@ -191,3 +207,76 @@ def disjoint_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
             number += row != 0
         merged[name] = total.div_(number.clamp_(min=1))
     return merged
+
+
+def ties_merge(
+    deltas: Mapping[str, Tensor], density: float = 0.2, reduce: Reduce = "mean", *, facts: TiesFacts | None = None
+) -> dict[str, Tensor]:
+    """Merge by TIES: what :func:`ties` and :func:`disjoint_mean_merge` do one after the other, in one go.
+
+    Beside the result nothing of its size is made; the time is that of two readings of the task vectors.
+
+    Args:
+        deltas: Task vectors, ``(T, *shape)`` each.
+        density: Share of entries that stay in trimming, in (0, 1].
+        reduce: ``mean`` over the tasks that kept an entry, or ``sum``.
+        facts: What :func:`ties_facts` said, where ``deltas`` is a piece of the network.
+
+    Returns:
+        Merged task vector, ``(*shape)`` each, at least float32; zero where every task is zero.
+
+    Raises:
+        MergeError: ``density`` is outside (0, 1], or ``reduce`` is unknown.
+
+    >>> import torch
+    >>> ties_merge({"w": torch.tensor([[5.0, -4.0, 0.1, 0.2], [3.0, 6.0, 0.2, 0.1]])}, density=0.5)
+    {'w': tensor([4., 6., 0., 0.])}
+    """
+    _check(density)
+    if reduce not in get_args(Reduce):
+        raise MergeError(f"reduce: expected mean or sum, found {reduce!r}")
+    limits = _thresholds(deltas, density) if facts is None else facts.thresholds
+    merged, pieces, device = {}, list[tuple[Tensor, Tensor]](), _device(deltas)
+    entries = _ENTRIES if device.type == "cpu" else 64 * _ENTRIES
+    for name, delta in deltas.items():
+        result = delta.new_empty(delta.shape[1:], dtype=wide(delta[:0]).dtype)
+        merged[name] = result
+        columns = delta.reshape(len(delta), -1).split(entries, dim=1)
+        pieces += zip(columns, result.view(-1).split(entries), strict=True)
+
+    def merge(piece: tuple[Tensor, Tensor]) -> tuple[float, Tensor | None]:
+        values, out = piece
+        kept = _trimmed(values, limits, out.dtype)
+        signs = _sum(kept).sign_()
+        balance = float(signs.sum())
+        cancelled = (signs == 0).logical_and_(kept.amax(0) > 0)
+        out.copy_(_agreeing(kept, signs, reduce))
+        return balance, cancelled if bool(cancelled.any()) else None
+
+    said = side_by_side(merge, pieces, device)
+    majority = (-1.0 if sum(balance for balance, _ in said) < 0 else 1.0) if facts is None else facts.majority
+    for (values, out), (_, cancelled) in zip(pieces, said, strict=True):
+        if cancelled is not None:  # the vote of the network is known only now
+            kept = _trimmed(values[:, cancelled], limits, out.dtype)
+            out[cancelled] = _agreeing(kept, kept.new_full(kept.shape[1:], majority), reduce)
+    return merged
+
+
+def _device(deltas: Mapping[str, Tensor]) -> torch.device:
+    return next((delta.device for delta in deltas.values()), torch.device("cpu"))
+
+
+def _sum(delta: Tensor) -> Tensor:
+    return delta.sum(0, dtype=wide(delta[:0]).dtype)
+
+
+def _trimmed(values: Tensor, limits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of entries ``(T, c)`` without those below the limits ``(T,)``."""
+    return values.to(dtype).mul(values.abs() >= limits.to(values)[:, None])
+
+
+def _agreeing(kept: Tensor, signs: Tensor, reduce: Reduce) -> Tensor:
+    """Sum or mean ``(c,)`` of the entries ``(T, c)``, which are overwritten, that have the sign ``(c,)``."""
+    lengths = kept.mul_(signs).clamp_(min=0)
+    total = lengths.sum(0).mul_(signs)
+    return total if reduce == "sum" else total.div_(lengths.sign_().sum(0).clamp_(min=1))

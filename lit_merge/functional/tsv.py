@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ from torch import Tensor
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import Factors, PolarMethod, polar, truncated_svd
 from lit_merge.functional.matrices import MatrixPolicy, merge_matrices
+from lit_merge.functional.side_by_side import side_by_side
 
 __all__ = (
     "Decompose",
     "TsvFacts",
+    "decompose_all",
     "kept_rank",
     "orthogonalize",
     "singular_task_interference",
@@ -33,7 +36,9 @@ __all__ = (
 )
 
 Decompose = Callable[[Tensor, int], Factors]
-"""Maps a matrix ``(m, n)`` and a rank to its leading triplets: :func:`truncated_svd`, or a cache of it."""
+"""Maps a matrix ``(m, n)`` and a rank to its leading triplets: :func:`truncated_svd`, or a cache of it.
+
+It is called from several threads at once."""
 
 _COINCIDE = 0.5  # overlap from which orthogonalisation does more harm than good
 
@@ -73,6 +78,24 @@ def kept_rank(rows: int, columns: int, tasks: int, fraction: float | None = None
     return max(1, limit // tasks if fraction is None else int(limit * fraction + 1e-9))
 
 
+def decompose_all(matrices: Tensor, rank: int, decompose: Decompose | None = None) -> Factors:
+    """Decompose the task matrices, side by side on a CPU.
+
+    Args:
+        matrices: Task matrices, ``(T, m, n)``.
+        rank: Triplets k per task.
+        decompose: Decomposes one matrix; by default :func:`truncated_svd`.
+
+    Returns:
+        ``u`` ``(T, m, k)``, ``s`` ``(T, k)``, ``vh`` ``(T, k, n)``.
+    """
+    if decompose is None:
+        return truncated_svd(matrices, rank)
+
+    parts = side_by_side(lambda matrix: decompose(matrix, rank), matrices, matrices.device)
+    return Factors(*(torch.stack(x) for x in zip(*parts, strict=True)))
+
+
 def task_singular_vectors(matrices: Tensor, rank: int | None = None, decompose: Decompose | None = None) -> Factors:
     """Concatenate the leading singular triplets of all tasks, task after task.
 
@@ -90,9 +113,8 @@ def task_singular_vectors(matrices: Tensor, rank: int | None = None, decompose: 
     """
     tasks, rows, columns = matrices.shape
     rank = kept_rank(rows, columns, tasks) if rank is None else rank
-    parts = [(decompose or truncated_svd)(matrix, rank) for matrix in matrices]
-    u, s, vh = zip(*parts, strict=True)
-    return Factors(torch.cat(u, dim=1), torch.cat(s), torch.cat(vh))
+    u, s, vh = decompose_all(matrices, rank, decompose)
+    return Factors(u.transpose(0, 1).flatten(1), s.flatten(), vh.flatten(0, 1))
 
 
 def orthogonalize(
@@ -111,8 +133,9 @@ def orthogonalize(
 
     Source: section 3.3 (orthogonal Procrustes problem), arXiv 2412.00081.
     """
-    u = polar(factors.u, method, ridge=ridge, tolerance=tolerance)
-    return Factors(u, factors.s, polar(factors.vh, method, ridge=ridge, tolerance=tolerance))
+    nearest = partial(polar, method=method, ridge=ridge, tolerance=tolerance)
+    u, vh = side_by_side(nearest, (factors.u, factors.vh), factors.u.device)
+    return Factors(u, factors.s, vh)
 
 
 def singular_task_interference(factors: Factors) -> float:

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lit_merge.functional.decompositions import Factors, truncated_svd
+from lit_merge.functional.decompositions import Factors
 from lit_merge.functional.matrices import MatrixPolicy
 from lit_merge.functional.scopes import wide
-from lit_merge.functional.tsv import Decompose, kept_rank
+from lit_merge.functional.tsv import Decompose, decompose_all, kept_rank
 
 __all__ = ("compressed_bytes", "tsv_compress", "tsv_restore")
 
@@ -59,8 +59,7 @@ def tsv_compress(
             tasks, rows, columns = matrices.shape
             rank = kept_rank(rows, columns, tasks, fraction)
             if rank * (rows + columns + 1) < rows * columns:
-                parts = [(decompose or truncated_svd)(matrix, rank) for matrix in matrices]
-                result[name] = Factors(*(torch.stack(x).to(store) for x in zip(*parts, strict=True)))
+                result[name] = Factors(*(part.to(store) for part in decompose_all(matrices, rank, decompose)))
     return result
 
 

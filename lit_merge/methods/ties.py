@@ -77,8 +77,7 @@ class Ties(MergeModule):
         return bank.offset(self._combine(bank.deltas, facts), self.scale)
 
     def _combine(self, deltas: Mapping[str, Tensor], facts: functional.TiesFacts | None = None) -> dict[str, Tensor]:
-        kept = functional.ties(deltas, self.density, facts=facts)
-        return functional.sum_merge(kept, 1.0) if self.reduce == "sum" else functional.disjoint_mean_merge(kept)
+        return functional.ties_merge(deltas, self.density, self.reduce, facts=facts)
 
     def absorb(self, merged: Mapping[str, Tensor], incoming: Mapping[str, Tensor], stage: Stage) -> dict[str, Tensor]:
         """Return the merge of M and τ as ``sequential`` says; earlier experts are trimmed again and again."""

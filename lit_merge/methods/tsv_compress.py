@@ -14,7 +14,6 @@ from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import Factors, SvdMethod
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.scopes import share, wide
-from lit_merge.functional.tsv import Decompose
 from lit_merge.functional.tsv_compress import compressed_bytes, tsv_compress, tsv_restore
 from lit_merge.methods._on_matrices import OnMatrices
 from lit_merge.methods.tsv_merge import decomposer
@@ -71,7 +70,7 @@ class TsvCompress(OnMatrices):
 
     def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compress the task vectors, and return the mean of what can be restored."""
-        decompose: Decompose = decomposer(self.decomposition, self.tolerance, self.cache_dir)
+        decompose = decomposer(self.decomposition, self.tolerance, self.cache_dir)
         dtype = None if self.dtype_name is None else getattr(torch, self.dtype_name)
         self.compressed = tsv_compress(
             deltas, fraction=self.fraction, policy=self.policy, decompose=decompose, dtype=dtype

@@ -85,8 +85,13 @@ class TsvMerge(OnMatrices):
         return {"tsv": {**means, "tensors": {name: fact._asdict() for name, fact in self.facts.items()}}}
 
 
-def decomposer(method: SvdMethod, tolerance: float, folder: str | None) -> Decompose:
-    """Return what decomposes one matrix ``(m, n)`` to a rank, with a cache on disk if there is a folder."""
+def decomposer(method: SvdMethod, tolerance: float, folder: str | None) -> Decompose | None:
+    """Return what decomposes one matrix ``(m, n)`` to a rank, with a cache on disk if there is a folder.
+
+    Nothing stands for the default, which takes the tasks together.
+    """
     if folder is not None:
         return DecompositionCache(folder, method=method, tolerance=tolerance)
+    if (method, tolerance) == ("auto", 1e-6):
+        return None
     return lambda matrix, rank: truncated_svd(matrix, rank, method, tolerance=tolerance)
