@@ -13,8 +13,8 @@
 ``auto`` is ``gram`` for float32 and below and ``svd`` for float64; for polar factors on an accelerator it is
 ``newton-schulz``. Several matrices are decomposed side by side on a CPU, and in one batch elsewhere. It is never
 ``randomized``: where the spectrum is flat at the cut, an approximation within 1 % of the best one can have quite
-another subspace, and the orthogonalisation of task singular vectors amplifies the difference (by the inverse of the smallest
-singular value of the concatenation).
+another subspace, and the orthogonalisation of task singular vectors amplifies the difference (by the inverse of the
+smallest singular value of the concatenation).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.decompositions import truncated_svd
 from lit_merge.functional.layer_problem import (
     LayerChoice,
     LayerProblem,
@@ -55,22 +56,6 @@ def task_aware_coefficients(deltas: Tensor, scale: float = 0.07, relative: bool 
     return torch.where(norms > 0, length / norms, 0)
 
 
-def _leading(matrix: Tensor, count: int) -> Tensor:
-    """Left singular vectors ``(..., m, count)`` of the largest singular values of ``(..., m, n)``; 0 for zeros.
-
-    From the smaller Gram matrix, in double precision: its condition is squared, and that of float32 is then exact.
-    """
-    wide = matrix.double()
-    tall = wide.shape[-2] > wide.shape[-1]
-    gram = wide.mT @ wide if tall else wide @ wide.mT
-    squares, vectors = torch.linalg.eigh(gram)  # increasing
-    squares, vectors = squares[..., -count:].flip(-1), vectors[..., -count:].flip(-1)
-    kept = squares > 1e-12 * squares[..., :1]
-    if tall:
-        vectors = wide @ (vectors / squares.clamp(min=torch.finfo(torch.float64).tiny).sqrt().unsqueeze(-2))
-    return torch.where(kept.unsqueeze(-2), vectors, 0).to(torch.promote_types(matrix.dtype, torch.float32))
-
-
 def shared_basis(deltas: Tensor, subspace: int | None = 6) -> Tensor:
     """Orthonormal basis of the output directions that the tasks share, layer by layer.
 
@@ -102,7 +87,8 @@ def shared_basis(deltas: Tensor, subspace: int | None = 6) -> Tensor:
     own, kept = max(1, rank // tasks), rank // divisor if divisor else 0
     if kept == 0:
         return deltas.new_zeros(*deltas.shape[:-3], height, 0, dtype=torch.promote_types(deltas.dtype, torch.float32))
-    return _leading(torch.cat([_leading(one, own) for one in deltas.unbind(-3)], -1), kept)
+    leading = truncated_svd(deltas, own).u.transpose(-3, -2).flatten(-2)
+    return truncated_svd(leading, kept).u
 
 
 class DogeProblem(LayerProblem):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_merge.errors import MergeError
 from lit_merge.functional.decompositions import left_basis
 from lit_merge.functional.matrices import MatrixPolicy
-from lit_merge.functional.ties import disjoint_mean_merge, ties
+from lit_merge.functional.ties import ties_merge
 
 __all__ = ("Aligned", "align", "knots")
 
@@ -108,7 +108,7 @@ def knots(
         if policy.covers(name, delta)
     }
     parts = {name: value.parts for name, value in aligned.items() if value.parts.numel()}  # it is empty if all is zero
-    merged = rule(parts) if rule is not None else disjoint_mean_merge(ties(parts, density))
+    merged = rule(parts) if rule is not None else ties_merge(parts, density)
     result = {}
     for name, delta in deltas.items():
         if name in parts:

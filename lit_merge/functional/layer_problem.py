@@ -20,6 +20,7 @@ __all__ = (
     "LayerChoice",
     "LayerProblem",
     "Others",
+    "check_others",
     "choose_layers",
     "descend",
     "layer_batches",
@@ -157,6 +158,16 @@ def layer_batches(deltas: Mapping[str, Tensor], names: Sequence[str]) -> Iterato
         yield slice(first, first + len(part)), rows.transpose(1, 2)
 
 
+def check_others(others: str) -> None:
+    """Refuse what :func:`merge_other` does not know.
+
+    Raises:
+        MergeError: ``others`` is unknown.
+    """
+    if others not in get_args(Others):
+        raise MergeError(f"others: expected base, mean or sum, found {others!r}")
+
+
 def merge_other(delta: Tensor, others: Others) -> Tensor:
     """Merge a tensor that is not learned.
 
@@ -173,8 +184,7 @@ def merge_other(delta: Tensor, others: Others) -> Tensor:
     >>> merge_other(torch.tensor([[1.0], [3.0]]), "mean")
     tensor([2.])
     """
-    if others not in get_args(Others):
-        raise MergeError(f"others: expected base, mean or sum, found {others!r}")
+    check_others(others)
     dtype = torch.promote_types(delta.dtype, torch.float32)
     if others == "base":
         return torch.zeros_like(delta[0], dtype=dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.layer_problem import Others, merge_other
+from lit_merge.functional.layer_problem import Others, check_others, merge_other
 
 __all__ = ("NormalEquations", "regmean")
 
@@ -153,6 +153,7 @@ def regmean(
     >>> merged["w"].round(decimals=4), merged["b"]
     (tensor([[1., 2.]]), tensor([2.]))
     """
+    check_others(others)
     if unknown := sorted(set(grams) - set(deltas)):
         raise MergeError(f"grams: {unknown[0]}: expected the name of a tensor, such as {next(iter(deltas), '-')}")
     merged = {}

@@ -16,6 +16,7 @@ from lit_merge.functional.layer_problem import (
     LayerChoice,
     LayerProblem,
     Others,
+    check_others,
     choose_layers,
     descend,
     layer_batches,
@@ -117,6 +118,7 @@ def wudi(
     >>> wudi({"w": torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]), "b": torch.tensor([[1.0], [3.0]])})
     {'w': tensor([[1., 2.]]), 'b': tensor([2.])}
     """
+    check_others(others)
     learned: dict[str, Tensor] = {}
     for names in layer_shapes(deltas, choose_layers(deltas, layers, exclude)).values():
         for part, batch in layer_batches(deltas, names):

@@ -12,8 +12,7 @@ from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.knots import knots
 from lit_merge.functional.scopes import share
-from lit_merge.functional.sums import sum_merge
-from lit_merge.functional.ties import ties
+from lit_merge.functional.ties import ties_merge
 from lit_merge.methods._on_matrices import OnMatrices
 from lit_merge.transforms import Needs
 
@@ -77,4 +76,4 @@ class Knots(OnMatrices):
         )
 
     def _sum(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return sum_merge(ties(parts, self.density), 1.0)
+        return ties_merge(parts, self.density, "sum")

@@ -106,10 +106,30 @@ class SingularAdaMerging(MergeModule):
             self.register_buffer(f"_block_{number}", block, persistent=False)
         shape = (tasks, len(self.matrices), self.blocks)
         start = 1 / tasks if self.init_others is None else self.init_others
-        self.coefficients = nn.Parameter(torch.full(shape, float(self.init), dtype=bank.compute_dtype))
-        self.other_coefficients = nn.Parameter(
-            torch.full((tasks, len(self.others)), float(start), dtype=bank.compute_dtype)
-        )
+        blocks = torch.full(shape, float(self.init), dtype=bank.compute_dtype)
+        self.coefficients = nn.Parameter(blocks, requires_grad=bool(self.matrices))  # else no step gives it a gradient
+        others = torch.full((tasks, len(self.others)), float(start), dtype=bank.compute_dtype)
+        self.other_coefficients = nn.Parameter(others, requires_grad=bool(self.others))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return hashes of everything that the coefficients belong to, and how the factors are made."""
+        names = ("fraction", "ridge", "tolerance", "decomposition")
+        return super().fingerprint() | {"factors": {name: getattr(self, name) for name in names}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse coefficients that were learned with other networks or for other factors.
+
+        Raises:
+            MergeError: Something differs.
+        """
+        super().on_load_checkpoint(checkpoint)
+        now = self.fingerprint()["factors"]
+        for name, value in checkpoint["lit_merge"].get("factors", now).items():
+            if value != now[name]:
+                raise MergeError(
+                    f"checkpoint: its factors were made with {name} {value!r}, this run has {now[name]!r}; give {name} "
+                    "as it was"
+                )
 
     def factors(self, name: str) -> Factors:
         """Return the fixed factors of a matrix, task after task: ``u`` ``(m, T·k)``, ``s``, ``vh`` ``(T·k, n)``."""

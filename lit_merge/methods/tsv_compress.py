@@ -41,7 +41,7 @@ class TsvCompress(OnMatrices):
             :class:`~lit_merge.MergeModule`.
 
     Raises:
-        MergeError: A value is out of range.
+        MergeError: A value is out of range, or ``others`` is given: what is not a matrix is kept whole.
 
     Source: Gargiulo et al., Task Singular Vectors, section 3.2, arXiv 2412.00081.
     """
@@ -59,6 +59,11 @@ class TsvCompress(OnMatrices):
         super().__init__(scale=scale, **kwargs)
         if dtype not in (None, "float32", "bfloat16", "float16"):
             raise MergeError(f"TsvCompress.dtype: expected float32, bfloat16 or float16, found {dtype!r}")
+        if self.policy.others != "mean":
+            raise MergeError(
+                f"TsvCompress.others: every expert keeps its own tensors that are not matrices, found "
+                f"{self.policy.others!r}; leave it out"
+            )
         self.fraction = None if fraction is None else share(f"{type(self).__name__}.fraction", fraction)
         self.dtype_name = dtype
         check_finite(f"{type(self).__name__}.tolerance", tolerance, least=0)
@@ -122,6 +127,11 @@ class TsvCompress(OnMatrices):
         base = sum(value.nbytes for name, value in self.bank.base.items() if name in self.bank.names)
         ratio = compressed / whole if whole else 1.0
         return {"bytes": {"compressed": compressed, "task_vectors": whole, "base": base, "ratio": ratio}}
+
+    def on_predict_end(self) -> None:
+        """Keep no network."""
+        self._chosen = ("", {})
+        super().on_predict_end()
 
     def _evaluate(self, batch: LabelledBatch, task: str) -> None:
         self._merged = self._state_for(task)

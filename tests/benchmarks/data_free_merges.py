@@ -48,6 +48,9 @@ TOLERANCES = {"ties": 1e-6, "tsv": 2e-4, "iso-c": 2e-5, "iso-cts": 2e-4, "doge":
 NAMES = {"ties": "TIES", "tsv": "TSV-M", "iso-c": "Iso-C", "iso-cts": "Iso-CTS", "doge": "DOGE", "wudi": "WUDI",
          "regmean": "RegMean"}  # fmt: skip
 
+CELLS = ("method", "textbook, s", "ours, s", "× faster", "× less CPU", "textbook, MB", "ours, MB", "difference")
+HEAD = [f"| {' | '.join(CELLS)} |", "| --- " * len(CELLS) + "|"]
+
 
 def shapes(which: str) -> dict[str, tuple[int, ...]]:
     """Shapes by name; ``vit-b-32`` has those of the vision tower of CLIP."""
@@ -173,6 +176,18 @@ def line(method: str, rows: dict[str, dict[str, float]]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def write(given: argparse.Namespace, rows: dict[str, Any]) -> None:
+    """Add rows to ``results.json`` and ``table.md``, so that methods can be run one by one."""
+    given.output.mkdir(parents=True, exist_ok=True)
+    path = given.output / "results.json"
+    options = {key: getattr(given, key) for key in ("shapes", "experts", "noise", "steps", "repeats", "threads")}
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    every = {**before.get("rows", {}), **{method: {"options": options, **row} for method, row in rows.items()}}
+    every = {method: every[method] for method in NAMES if method in every}
+    write_json(path, {"rows": every})
+    (given.output / "table.md").write_text("\n".join([*HEAD, *(line(m, row) for m, row in every.items())]) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="vit-b-32")
@@ -190,20 +205,14 @@ def main() -> None:
     if given.measure:
         print(json.dumps(measure(given.measure[0], given.measure[1], given)))
         return
-    options = {key: getattr(given, key) for key in ("shapes", "experts", "noise", "steps", "repeats", "threads")}
-    head = ("method", "textbook, s", "ours, s", "× faster", "× less CPU", "textbook, MB", "ours, MB", "difference")
-    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    print("\n".join(lines), flush=True)
+    print("\n".join(HEAD), flush=True)
     every: dict[str, Any] = {}
     for method in given.methods:
         with tempfile.TemporaryDirectory() as folder:
             every[method] = compare(method, given, Path(folder))
-        lines.append(line(method, every[method]))
-        print(lines[-1], flush=True)
+        print(line(method, every[method]), flush=True)
         if given.output is not None:
-            given.output.mkdir(parents=True, exist_ok=True)
-            write_json(given.output / "results.json", {**options, "rows": every})
-            (given.output / "table.md").write_text("\n".join(lines) + "\n")
+            write(given, every)
     if bad := [m for m, rows in every.items() if rows["ours"]["difference"] > TOLERANCES[m]]:
         sys.exit(f"beyond the tolerance: {', '.join(bad)}")
 

@@ -97,6 +97,20 @@ def test_regmean_is_least_squares_on_all_inputs() -> None:
         torch.testing.assert_close(part, F.regmean({"w": weights}, {"w": own}, 0.5, 0.1)["w"], rtol=1e-9, atol=1e-9)
 
 
+def test_single_precision_is_good_enough_for_shrunk_matrices_and_only_for_these() -> None:
+    """A spectrum from 1 to 1e-7, which inner products in float32 do not resolve."""
+    spectrum = torch.logspace(0, -7, 80, dtype=torch.float64)
+    inputs = [random(200, 80, seed=t) * spectrum.sqrt() for t in range(3)]
+    grams, deltas = torch.stack([x.mT @ x for x in inputs]).float(), random(3, 20, 80, seed=9).float()
+    for off_diagonal, worst in ((0.95, 1e-5), (1.0, 1e-6)):
+        layer = F.NormalEquations(off_diagonal)
+        for gram, delta in zip(grams, deltas, strict=True):
+            layer.add(gram, delta)
+        assert layer.solve().dtype == (torch.float32 if off_diagonal < 1 else torch.float64)
+        exact = F.regmean({"w": deltas.double()}, {"w": grams.double()}, off_diagonal)["w"]
+        assert float((layer.solve() - exact).norm() / exact.norm()) < worst
+
+
 def test_directions_without_inputs_take_the_mean() -> None:
     weights = random(2, 4, 3)
     grams = torch.zeros(2, 3, 3, dtype=torch.float64)
@@ -200,7 +214,7 @@ def test_svc_by_the_formula() -> None:
         (lambda w: F.regmean(w, {"v": w["w"]}), "grams: v: expected the name of a tensor, such as w"),
         (lambda w: F.regmean(w, {"w": torch.eye(3)[None]}), "grams: w: expected one for each of 2 tasks, found 1"),
         (lambda w: F.regmean(w, {"w": torch.ones(2, 2, 2)}), r"expected \(n, n\).*found \(2, 2\) for \(4, 3\)"),
-        (lambda w: F.regmean(w, {}, others=cast("Any", "all")), "others: expected base, mean or sum"),
+        (lambda w: F.regmean({}, {}, others=cast("Any", "all")), "others: expected base, mean or sum"),
         (lambda w: F.NormalEquations(2.0), r"off_diagonal: expected a factor in \[0, 1\], found 2.0"),
         (lambda w: F.NormalEquations().solve(-1), "ridge: expected at least 0, found -1"),
         (lambda w: F.svc({"w": w["w"][0]}, w, alpha=0), "alpha: expected a number above 0, found 0"),

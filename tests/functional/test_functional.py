@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib import import_module
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -26,6 +28,35 @@ def test_ties_by_hand() -> None:
     expected = torch.tensor([[3.0, 0, 0, 4, 0], [0.0, -5, 0, 0, 0], [0.0, 0, 0, 3, 0]])
     assert torch.equal(F.ties(given_, 0.4)["w"], expected)
     assert torch.equal(F.disjoint_mean_merge(F.ties(given_, 0.4))["w"], torch.tensor([3.0, -5, 0, 3.5, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("density", [0.05, 0.4, 1.0])
+def test_ties_in_one_go_is_its_steps(density: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(import_module("lit_merge.functional.ties"), "_ENTRIES", 7)  # the function hides its module
+    given_ = {name: (4 * value).round().to(dtype) for name, value in deltas(tasks=4).items()}  # sums are often zero
+    for value in (given_, {name: -value for name, value in given_.items()}):  # either majority
+        steps = F.ties(value, density)
+        mean, total = F.ties_merge(value, density), F.ties_merge(value, density, "sum")
+        facts = F.ties_facts([{name: one} for name, one in value.items()], density)
+        for name in value:
+            assert torch.equal(mean[name], F.disjoint_mean_merge(steps)[name])
+            assert torch.equal(total[name], F.sum_merge(steps, 1.0)[name].to(total[name]))
+            assert torch.equal(F.ties_merge({name: value[name]}, density, facts=facts)[name], mean[name])
+    with pytest.raises(MergeError, match="reduce: expected mean or sum, found 'max'"):
+        F.ties_merge(given_, reduce="max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["noise", "constant", "sorted", "rare"])
+def test_selection_in_memory_is_that_of_sorting(kind: str) -> None:
+    size = 300_000  # enough for a sample
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    vector = {"noise": noise, "constant": torch.ones(size), "sorted": noise.sort().values,
+              "rare": noise * (torch.arange(size) % 5000 == 0)}[kind]  # fmt: skip
+    ordered = vector.abs().sort().values
+    for rank in (1, 7, 60_000, 240_000, 299_990, size):
+        found = F.kth_magnitude([vector[:12], vector[12:200_000].view(4, -1), vector[200_000:]], rank)
+        assert torch.equal(found, ordered[rank - 1])
 
 
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])

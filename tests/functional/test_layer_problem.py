@@ -208,7 +208,7 @@ class Odd(LayerProblem):
         (lambda: choose_layers(named(), exclude=["h.*"]), r"found none; give layers: matrices for those outside"),
         (lambda: choose_layers(named(), "matrices", exclude=["*"]), r"among matrices after excluding \*, found none$"),
         (lambda: wudi(named(), steps=-1), "steps: expected at least 0, found -1"),
-        (lambda: wudi(named(), others="keep"), "others: expected base, mean or sum, found 'keep'"),  # type: ignore[arg-type]
+        (lambda: wudi(named(), layers="all", others="keep"), "others: expected base, mean or sum, found 'keep'"),  # type: ignore[arg-type]
         (lambda: doge(named(), rate=float("nan")), "rate: expected at least 0, found nan"),
         (lambda: doge(named(), steps=0, density=0.0), r"density: expected a share in \(0, 1\], found 0.0"),
         (lambda: doge(named(), steps=1, subspace=-1), "subspace: expected at least 0, found -1"),

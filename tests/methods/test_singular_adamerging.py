@@ -83,6 +83,17 @@ class TestSingularAdaMerging(MergeTester):
         assert all(len(row) == 2 for row in module.report_extra()["singular_blocks"].values())
         assert any(not torch.equal(before[name], value) for name, value in module.merged_state().items())
 
+    def test_other_factors_are_another_checkpoint(self) -> None:
+        checkpoint: dict[str, Any] = {}
+        built(ToySuite("mlp"), ridge=0.1).on_save_checkpoint(checkpoint)
+        built(ToySuite("mlp"), ridge=0.1).on_load_checkpoint(checkpoint)
+        with pytest.raises(MergeError, match="factors were made with ridge 0.1, this run has 0.0"):
+            built(ToySuite("mlp")).on_load_checkpoint(checkpoint)
+
+    def test_nothing_empty_is_learned(self) -> None:
+        module = built(ToySuite("mlp"), exclude=["*"])
+        assert [name for name, value in module.named_parameters() if value.requires_grad] == ["other_coefficients"]
+
     @pytest.mark.parametrize(
         ("given", "message"),
         [

@@ -152,6 +152,14 @@ class TestTsvCompress(MergeTester):
             mixed = module.task_state("task.a")  # type: ignore[operator]
         assert all(torch.equal(plain[name], value) for name, value in mixed.items())
 
+    def test_keeps_no_network_after_predictions_and_refuses_what_it_ignores(self) -> None:
+        suite = ToySuite("mlp")
+        module = TsvCompress(suite=suite)
+        MergeTrainer(**TINY).predict(module, datamodule=TaskDataModule(suite, batch_size=8))
+        assert module._chosen == ("", {})
+        with pytest.raises(MergeError, match=r"TsvCompress\.others: every expert keeps .* found 'sum'; leave it out"):
+            TsvCompress(suite=suite, others="sum")
+
     def test_reports_real_bytes(self) -> None:
         module = self.build(ToySuite("mlp"), fraction=0.2, dtype="bfloat16")
         found = module.report_extra()["bytes"]
