@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_free_textbook import RULES as TEXTBOOK
+from data_free_textbook import RULES as TEXTBOOK  # type: ignore[import-not-found]
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,7 +43,7 @@ from lit_merge.functional.wudi import wudi
 
 Tensors = dict[str, Tensor]
 BLOCK = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "out": (1, 1), "fc1": (4, 1), "fc2": (1, 4)}
-SHAPES = {"vit-b-32": (768, 12, 50), "medium": (768, 1, 50), "small": (192, 2, 17)}
+SHAPES = {"vit-b-32": (768, 12, 50), "medium": (768, 1, 50), "small": (320, 1, 17)}
 TOLERANCES = {"ties": 1e-6, "tsv": 2e-4, "iso-c": 2e-5, "iso-cts": 2e-4, "doge": 1e-3, "wudi": 1e-3, "regmean": 1e-4}
 NAMES = {"ties": "TIES", "tsv": "TSV-M", "iso-c": "Iso-C", "iso-cts": "Iso-CTS", "doge": "DOGE", "wudi": "WUDI",
          "regmean": "RegMean"}  # fmt: skip
@@ -124,7 +124,8 @@ def measure(method: str, implementation: str, given: argparse.Namespace) -> dict
         if implementation == "ours":
             return ours(method, deltas, grams, given.steps)
         dtype = torch.float64 if implementation == "double" else torch.float32
-        return TEXTBOOK[method](deltas, grams, given.steps, dtype)
+        found: Tensors = TEXTBOOK[method](deltas, grams, given.steps, dtype)
+        return found
 
     run(*inputs(task_vectors("small", 2, given.noise), method))  # libraries are loaded, and do not count
     deltas, grams = inputs(task_vectors(given.shapes, given.experts, given.noise), method)

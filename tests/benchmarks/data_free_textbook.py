@@ -123,7 +123,8 @@ def regmean_layer(delta: Tensor, grams: Tensor, dtype: torch.dtype) -> Tensor:
         shrunk = 0.95 * gram.to(dtype) + 0.05 * gram.diagonal().diag()
         left += shrunk
         right += shrunk @ one.to(dtype).mT
-    return (torch.linalg.inv(left) @ right).mT
+    solved: Tensor = torch.linalg.inv(left) @ right
+    return solved.mT
 
 
 RULES: dict[str, Rule] = {

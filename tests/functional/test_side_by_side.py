@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -24,10 +24,11 @@ def threads() -> Iterator[None]:
 def test_results_do_not_depend_on_the_threads() -> None:
     draw = torch.Generator().manual_seed(0)
     deltas = {"w": torch.randn(4, 30, 20, generator=draw), "b": torch.randn(4, 30, generator=draw)}
-    many = [rule(deltas) for rule in (tsv_merge, ties_merge)]
+    rules: list[Callable[[dict[str, Tensor]], dict[str, Tensor]]] = [tsv_merge, ties_merge]
+    many = [rule(deltas) for rule in rules]
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
-    for found, rule in zip(many, (tsv_merge, ties_merge), strict=True):
+    for found, rule in zip(many, rules, strict=True):
         assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in rule(deltas).items())
 
 

@@ -87,7 +87,7 @@ class TestSingularAdaMerging(MergeTester):
         checkpoint: dict[str, Any] = {}
         built(ToySuite("mlp"), ridge=0.1).on_save_checkpoint(checkpoint)
         built(ToySuite("mlp"), ridge=0.1).on_load_checkpoint(checkpoint)
-        with pytest.raises(MergeError, match="factors were made with ridge 0.1, this run has 0.0"):
+        with pytest.raises(MergeError, match=r"factors were made with ridge 0\.1, this run has 0\.0"):
             built(ToySuite("mlp")).on_load_checkpoint(checkpoint)
 
     def test_nothing_empty_is_learned(self) -> None:
