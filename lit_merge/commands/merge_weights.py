@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ _OWN = ("base", "experts", "method", "output", "buffers", "shard_size", "overwri
         "print_config")  # fmt: skip
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# what goes with the weights: config and tokenizer; no code, no other weights
-_BESIDE = (".json", ".txt", ".model", ".jinja")
+# what goes with the weights: configs, tokenizer, templates; no code, no weights, nothing that is not a model's
+_BESIDE = ("config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+           "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*")  # fmt: skip
+_NOT_BESIDE = ("*.py", "*.safetensors", "*.bin")
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -64,6 +67,8 @@ def main(args: list[str]) -> None:
     model: MergeModule = parser.instantiate_classes(config).method
     suite = model.suite
     assert isinstance(suite, WeightsSuite)
+    if (taken := next((name for name in suite.folders if _same(name, config.output)), None)) is not None:
+        raise MergeError(f"output: {config.output} is the folder of {taken}, which is merged; give another one")
     if (reason := why_not_streamed(model)) is not None:
         sys.stderr.write(f"merging in memory, not piece by piece: {reason}\n")
     base = suite.base()
@@ -86,7 +91,7 @@ def main(args: list[str]) -> None:
     path = stream_merge(
         model, reader, config.output, facts, shard_bytes=_bytes(config.shard_size), overwrite=config.overwrite
     )
-    copied = _copy_beside(suite.folder, Path(config.output))
+    copied = _copy_beside(suite.folder, Path(config.output), overwrite=config.overwrite)
     with_them = f", with {', '.join(copied)} of the base" if copied else ""
     sys.stdout.write(f"merged network: {path} ({len(read_state(path))} tensors{with_them})\n")
 
@@ -112,13 +117,21 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
 
-def _copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy config and tokenizer of the base, if they are not there."""
+def _same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == Path(other).resolve()
+
+
+def _copy_beside(source: Path, target: Path, *, overwrite: bool) -> list[str]:
+    """Copy configs and tokenizer of the base; a file that is there stays unless weights were replaced too."""
     copied = []
     for path in sorted(source.iterdir()):
-        old = path.name in ("merge.json", "report.json") or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _BESIDE and not old and not (target / path.name).exists():
+        chosen = _fits(path.name, _BESIDE) and not _fits(path.name, _NOT_BESIDE)
+        if chosen and path.is_file() and (overwrite or not (target / path.name).exists()):
             with atomic_path(target / path.name) as temporary:
                 shutil.copyfile(path, temporary)
             copied.append(path.name)
     return copied
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.adaptation import Batches, chunks
+from lit_merge.coefficients import Coefficient, Tied
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, rescale_mask
 from lit_merge.functional.finite import check_finite
@@ -116,8 +117,8 @@ class DAM(ConcreteMerging):
         mask_update: MaskUpdate | None = None,
         mask_rate: float | None = None,
         mask_steps: int = 1000,
-        granularity: Granularity = "tensor",
-        init: float | None = 0.3,
+        granularity: Granularity | list[Tied] = "tensor",
+        init: Coefficient | None = 0.3,
         inner_step: InnerStep | None = None,
         inner_rate: float | None = None,
         stale: bool | None = None,
