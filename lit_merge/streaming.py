@@ -141,7 +141,7 @@ def stream_merge(
     whole = why_not_streamed(model) is not None
     scale = getattr(model, "scale", None)
     if isinstance(scale, list | tuple) and any(isinstance(entry, Mapping) for entry in scale):
-        per_tensor(scale, reader.names)  # a filter that fits nothing is said before anything is read
+        per_tensor(list(scale), reader.names)  # a filter that fits nothing is said before anything is read
     pieces = [[Part(name) for name in sorted(reader.kinds)]] if whole else reader.pieces(_entrywise(model))
     last = False
 

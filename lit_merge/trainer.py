@@ -60,7 +60,7 @@ class MergeTrainer(L.Trainer):
         output: str | Path | None = None,
         format: ExportFormat = "safetensors",
     ) -> Path:
-        """Merge with a data-free method, evaluate the result and export it.
+        """Merge with a data-free method, evaluate the result and export it; or weights alone: merge --base DIR --help.
 
         Without an evaluation the merge goes piece by piece where the rule allows, see :mod:`lit_merge.streaming`, in
         the memory of its largest tensor.

@@ -153,8 +153,8 @@ def test_every_data_free_method_and_transform_is_streamed() -> None:
         model = make(name, 2, {})
         assert (name in listed) is (model.needs != "data"), name
     seen = {type(transform) for before in BEFORE for transform in before}
-    every = {getattr(transforms, name) for name in transforms.__all__}
-    every = {kind for kind in every if isinstance(kind, type) and issubclass(kind, transforms.Transform)}
+    known: list[Any] = [getattr(transforms, name) for name in transforms.__all__]
+    every = {kind for kind in known if isinstance(kind, type) and issubclass(kind, transforms.Transform)}
     assert every - seen == {transforms.Transform, transforms.Doge}  # whose top-k mask and subspaces are learned on all
 
 

@@ -49,7 +49,9 @@ def main(args: list[str]) -> None:
         prog="lit-merge merge",
         allow_abbrev=False,
         description="Merge safetensors of any network, piece by piece where the method allows: no network is run, and "
-        "none is whole in memory. Other options are those of the method, such as --scale.",
+        "none is whole in memory. Config and tokenizer of the base are copied beside the weights, so that transformers "
+        "loads the folder. Other options are those of the method, which --method.help NAME lists. An example: "
+        "lit-merge merge --base DIR --experts DIR code=DIR --method Ties --density 0.2 --output DIR",
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with these options.")
     parser.add_argument("--base", type=str, required=True, help="File, folder or repository ORG/NAME of the hub.")

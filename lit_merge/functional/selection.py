@@ -107,7 +107,8 @@ def _count(
             for part in row.reshape(-1).split(_PIECE):
                 values = part.cpu().to(dtype)
                 values = values.abs() if magnitudes else values + 0.0  # there is one zero, not two
-                bits = _flipped(values.view(torch.int32 if dtype == torch.float32 else torch.int64))
+                bits = values.view(torch.int32 if dtype == torch.float32 else torch.int64)
+                bits = bits if magnitudes else _flipped(bits)
                 if prefixes is None:
                     counts[0, task] += _histogram((bits >> shift) + (0 if magnitudes else _SIZE // 2))
                     continue
