@@ -3,30 +3,20 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import refused
-from safetensors.torch import load_file, save_file
+from streamed import BUFFERS, SHAPES, assert_same, in_memory, make, states, streamed
 from torch import Tensor
 
-from lit_merge import MergeError, MergeModule, MergeTrainer, TaskVectors, main, methods, transforms
+from lit_merge import MergeError, MergeModule, TaskVectors, methods, transforms
 from lit_merge.checkpoints.digests import state_digest
-from lit_merge.checkpoints.reading import read_state
 from lit_merge.functional.selection import kth_magnitudes, order_statistics
 from lit_merge.streaming import PieceReader, stream_merge, why_not_streamed
 from lit_merge.suites import WeightsSuite
 
-SHAPES = {
-    "embed.weight": (67, 6), "h.0.attn.weight": (6, 6), "h.0.mlp.weight": (8, 6), "h.0.mlp.bias": (8,),
-    "h.1.attn.weight": (6, 6), "h.1.mlp.weight": (8, 33), "h.1.mlp.bias": (8,), "norm.running_mean": (6,),
-    "temperature": (),
-}  # fmt: skip
-TASKS = "abcdefgh"  # eight: sums over them have an order
-BUFFERS = ("norm.running_mean",)
 PART = 64  # entries of a part, instead of 2**22
 
 TENSOR: list[tuple[str, dict[str, Any]]] = [
@@ -53,18 +43,6 @@ BEFORE = [
     [transforms.Breadcrumbs(0.3, 0.1), transforms.Ties(0.5), transforms.Dare(0.2)], [transforms.Consensus()],
     [transforms.Breadcrumbs(0.3, 0.1, per="network"), transforms.Lines()],
 ]  # fmt: skip
-
-
-@cache
-def states(dtype: torch.dtype = torch.float32) -> dict[str, dict[str, Tensor]]:
-    """Base (key "") and experts: signs tie often in the attention, and elsewhere sums depend on their order."""
-    generator = torch.Generator().manual_seed(0)
-    made = {}
-    for name in ("", *TASKS):
-        made[name] = {k: torch.randn(s, generator=generator).to(dtype) for k, s in SHAPES.items()}
-        made[name] |= {k: (4 * v).round().div(8) for k, v in made[name].items() if "attn" in k or "bias" in k}
-        made[name]["steps"] = torch.tensor([3, 1, 2])
-    return made
 
 
 @pytest.fixture
@@ -97,32 +75,6 @@ class Counted(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.state)
-
-
-def make(method: str, tasks: int, options: dict[str, Any]) -> MergeModule:
-    made: MergeModule = getattr(methods, method)(suite=WeightsSuite("base", list(TASKS[:tasks])), **options)
-    return made
-
-
-def in_memory(model: MergeModule, every: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The merge of a bank of the whole network, as a run without streaming makes it."""
-    experts = {task: every[task] for task in model.suite.tasks}
-    bank = TaskVectors.from_state_dicts(every[""], experts, buffers=BUFFERS)
-    for transform in model.transforms:
-        bank = bank.map(transform)
-    return bank.complete(model.merge(bank))
-
-
-def streamed(model: MergeModule, every: dict[str, dict[str, Tensor]], folder: Path, **more: Any) -> dict[str, Tensor]:
-    reader = PieceReader(every[""], {task: every[task] for task in model.suite.tasks}, buffers=BUFFERS, piece_bytes=1)
-    return dict(read_state(stream_merge(model, reader, folder, **more)))
-
-
-def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    wrong = [name for name in expected if not torch.equal(found[name], expected[name])]
-    assert not wrong
-    assert all(found[name].dtype == expected[name].dtype for name in expected)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -249,101 +201,3 @@ def test_one_bad_value_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="expert 'b': temperature: 1 of 1 values are NaN"):
         streamed(make("MagMax", 3, {}), every, tmp_path, shard_bytes=300)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """Base and two experts as folders, the base in two shards."""
-    for name in ("", "a", "b"):
-        folder = tmp_path / (name or "base")
-        folder.mkdir()
-        save_file(states()[name], folder / "model.safetensors")
-    for name in ("config.json", "tokenizer.model", "notes.txt", "tokenizer.py"):
-        (tmp_path / "base" / name).write_text("{}")
-    (tmp_path / "base/modeling.py").write_text("raise SystemExit")
-    return tmp_path
-
-
-class TestCommand:
-    def test_merges_folders(self, folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        given = ["--base", f"{folders}/base", "--experts", f"{folders}/a", f"second={folders}/b"]
-        main(["merge", *given, "--method", "Ties", "--scale", "0.5", "--density=0.4", "--progress=false",
-              "--output", f"{folders}/out", "--shard_size", "1KB"])  # fmt: skip
-        model = make("Ties", 2, {"scale": 0.5, "density": 0.4})
-        assert_same(dict(read_state(folders / "out/model.safetensors.index.json")), in_memory(model, states()))
-        files = sorted(path.name for path in (folders / "out").iterdir())
-        shards = [f"model-0000{n}-of-00004.safetensors" for n in range(1, 5)]
-        assert files == ["config.json", "merge.json", *shards, "model.safetensors.index.json", "tokenizer.model"]
-        assert sum(len(load_file(folders / "out" / shard)) for shard in shards) == len(SHAPES) + 1
-        said = json.loads((folders / "out/merge.json").read_text())
-        assert (said["method"], said["tasks"], said["streamed"]) == ("Ties", ["a", "second"], True)
-        assert "merged network: " in capsys.readouterr().out
-        again = ["merge", *given, "--method=SimpleAverage", "--progress=false", "--output", f"{folders}/out"]
-        assert "there are weights already" in refused(capsys, *again, status=1)
-        (folders / "base/config.json").write_text('{"changed": true}')
-        main([*again, "--overwrite", "true"])
-        assert "changed" in (folders / "out/config.json").read_text()  # new weights with an old config would not fit
-        assert not list((folders / "out").glob("*index.json"))
-        assert_same(load_file(folders / "out/model.safetensors"), in_memory(make("SimpleAverage", 2, {}), states()))
-
-    def test_reads_a_config(self, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(folders)
-        Path("merge.yaml").write_text(
-            "base: base\nexperts: [a, b]\noutput: out\nprogress: false\nmethod:\n  class_path: TaskArithmetic\n"
-            "  init_args:\n    scale: [{filter: mlp, value: [0.1, 0.9]}, {value: 0.2}]\n"
-            "    transforms: [{class_path: lit_merge.transforms.Dare, init_args: {drop: 0.2}}]\n"
-        )
-        main(["merge", "--config", "merge.yaml"])
-        options = {
-            "scale": [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 0.2}],
-            "transforms": [transforms.Dare(0.2)],
-        }
-        assert_same(load_file("out/model.safetensors"), in_memory(make("TaskArithmetic", 2, options), states()))
-
-    @pytest.mark.parametrize(
-        ("more", "said", "status"),
-        [
-            (["--method=AdaMerging"], "AdaMerging learns its merge", 1),
-            (["--method=Tyes"], "did you mean Ties", 2),
-            (["--method=Ties", "--densty=0.3"], "did you mean density", 2),
-            (["--method=Ties", "--density=much"], "density", 2),
-            (["--method=Ties", "--output=base", "--overwrite=true"], "is the folder of", 1),
-            (["--method=Ties", "--output=base/config.json"], "expected a folder for the weights, found a file", 1),
-            (["--method=Ties", "--base=nowhere"], "nowhere: no such file or folder", 1),
-            (["--method=Ties", "--experts", "cut"], "not a complete safetensors file", 1),
-            (["--method=Ties", "--shard_size=much"], "expected a size such as 500MB", 1),
-            (
-                ["--method=TaskArithmetic", '--scale=[{"filter": "mpl", "value": 0.3}, {"value": 1}]'],
-                "'mpl' fits no",
-                1,
-            ),
-        ],
-    )
-    def test_refusals(
-        self,
-        folders: Path,
-        capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
-        more: list[str],
-        said: str,
-        status: int,
-    ) -> None:
-        monkeypatch.chdir(folders)
-        (folders / "cut").mkdir()
-        whole = (folders / "b/model.safetensors").read_bytes()
-        (folders / "cut/model.safetensors").write_bytes(whole[:-1])
-        given = ["--base=base", "--experts", "a", "--output=out", "--progress=false"]
-        assert said in refused(capsys, "merge", *given, *more, status=status)
-        assert not list(folders.glob("out/*"))
-
-
-def test_the_trainer_streams_what_it_need_not_score(tmp_path: Path) -> None:
-    from testers import TINY
-    from toys import ToySuite
-
-    for kind in ("cnn", "tied"):
-        model = methods.Ties(suite=ToySuite(kind))  # type: ignore[arg-type, unused-ignore]
-        path = MergeTrainer(**TINY).merge(model, output=tmp_path / kind)
-        assert not hasattr(model, "bank")
-        model.configure_model()
-        assert_same(load_file(path), model.merged_state())

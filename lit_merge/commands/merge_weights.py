@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 
 from lit_merge.checkpoints.atomic import atomic_path
+from lit_merge.checkpoints.export import write_card
+from lit_merge.checkpoints.model_card import model_card
 from lit_merge.checkpoints.reading import read_state
+from lit_merge.encoders.json_files import read_json
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.parsing import MergeParser
@@ -93,6 +96,7 @@ def main(args: list[str]) -> None:
     path = stream_merge(
         model, reader, config.output, facts, shard_bytes=_bytes(config.shard_size), overwrite=config.overwrite
     )
+    write_card(path.parent, model_card(read_json(path.parent / "merge.json")))
     copied = _copy_beside(suite.folder, Path(config.output), overwrite=config.overwrite)
     with_them = f", with {', '.join(copied)} of the base" if copied else ""
     sys.stdout.write(f"merged network: {path} ({len(read_state(path))} tensors{with_them})\n")
