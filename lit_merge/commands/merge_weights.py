@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import restricted_string_type
 
 from lit_merge.checkpoints.atomic import atomic_path
 from lit_merge.checkpoints.export import write_card
@@ -27,7 +28,8 @@ __all__ = ("main",)
 
 _OWN = ("base", "experts", "method", "output", "buffers", "shard_size", "overwrite", "progress", "config", "help",
         "print_config")  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?", re.IGNORECASE)
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?$", re.IGNORECASE)
+_Size = restricted_string_type("Size", _SIZE, "A number of bytes such as 500MB or 5GB.")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # what goes with the weights: configs, tokenizer, templates; no code, no weights, nothing that is not a model's
 _BESIDE = ("config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -63,7 +65,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="Folder for the merged weights.")
     parser.add_argument("--buffers", type=str, nargs="*", default=[], help="Names of running statistics, which are "
                         "averaged; those of batch normalisation are known.")  # fmt: skip
-    parser.add_argument("--shard_size", type=str, default="5GB", help="Most bytes of a file, such as 500MB.")
+    parser.add_argument("--shard_size", type=_Size, default="5GB", help="Most bytes of a file, such as 500MB.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace weights in the folder.")
     parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
     parser.add_subclass_arguments(MergeModule, "method", required=True, skip={"objective"}, fail_untyped=False)
@@ -117,9 +119,8 @@ def _of_method(args: Sequence[str]) -> list[str]:
 
 
 def _bytes(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise MergeError(f"shard_size: expected a size such as 500MB or 5GB, found {text!r}")
+    found = _SIZE.fullmatch(text)
+    assert found is not None  # as the parser has seen
     return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
 
