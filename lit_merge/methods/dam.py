@@ -146,8 +146,7 @@ class DAM(ConcreteMerging):
         self.alpha = usual.alpha if alpha is None else alpha
         self.box: Box = box or usual.box
         self.coefficient_stage: Stage = coefficient_stage or usual.coefficient_stage
-        self.coefficient_alpha = coefficient_alpha
-        self.detection_start = detection_start
+        self.coefficient_alpha, self.detection_start = coefficient_alpha, detection_start
         self.mask_update: MaskUpdate = mask_update or usual.mask_update
         self.ascent = usual.ascent_with(epsilon, ascent_steps, ascent_rate, self.box)
         kinds = {"masks": Masks, "safety": Safety, "box": Box, "coefficient_stage": Stage, "mask_update": MaskUpdate}
