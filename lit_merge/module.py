@@ -136,6 +136,15 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
         """
         return self.merge
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether each entry of a tensor is merged for itself, given the statistics; it may then be read in parts.
+
+        Args:
+            name: Name of the tensor.
+            shape: Its shape; a part is flat.
+        """
+        return False
+
     @property
     def learnable(self) -> bool:
         """Whether the method has parameters to train."""

@@ -1,4 +1,4 @@
-"""Merging piece by piece: networks of any size, in the memory of their largest tensor.
+"""Merging piece by piece: networks of any size, in the memory of one large tensor or less.
 
 A rule says by ``needs`` what it has to see at once, and so does a transform:
 
@@ -9,37 +9,36 @@ A rule says by ``needs`` what it has to see at once, and so does a transform:
 ``data``        images
 ==============  ========================================================================================================
 
-The result is that of a merge in memory, bit for bit.
+Of a tensor that is ``entrywise`` for the rule and all transforms, as all are for task arithmetic and TIES, only a part
+has to be there at once: then memory does not grow with the largest tensor either. The result is that of a merge in
+memory, bit for bit.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from lit_merge.checkpoints.checks import check_keys, check_state, check_tied, common_layout
-from lit_merge.checkpoints.digests import StateDigest, state_digest
+from lit_merge.checkpoints.checks import check_finite, check_keys
+from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.export import write_json
 from lit_merge.checkpoints.reading import read_state
-from lit_merge.checkpoints.shards import Kind, ShardWriter
+from lit_merge.checkpoints.shards import ShardWriter
+from lit_merge.coefficients import per_tensor
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
+from lit_merge.pieces import Part, PieceReader
 from lit_merge.skeleton import Skeleton
-from lit_merge.stack import Stack
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Transform
 
 __all__ = ("PieceReader", "stream_merge", "stream_suite", "why_not_streamed")
-
-_PIECE = 64 * 2**20  # bytes of task vectors that go together; a larger tensor goes alone
 
 
 def why_not_streamed(model: MergeModule) -> str | None:
@@ -60,94 +59,10 @@ def why_not_streamed(model: MergeModule) -> str | None:
     return None
 
 
-@dataclass
-class PieceReader:
-    """Task vectors of some experts, piece by piece in sorted order of names; every iteration reads the files again.
-
-    Args:
-        base: State dict of the base; lazy.
-        experts: State dict per task; lazy.
-        buffers: Names of running statistics.
-        tied: Second names of tied tensors, ``{alias: name}``.
-        dtype: Storage of the task vectors; by default that of the base, at least float32.
-        piece_bytes: Most bytes of task vectors at a time, but at least one tensor.
-        progress: Whether a bar shows how far a reading is.
-
-    Attributes:
-        digests: Hashes of base (key ``""``) and experts, made by :meth:`banks` with ``hashed``.
-
-    Raises:
-        MergeError: Base and experts do not fit together; later, a value is NaN or infinite.
-    """
-
-    base: Mapping[str, Tensor]
-    experts: Mapping[str, Mapping[str, Tensor]]
-    buffers: Collection[str] = ()
-    tied: Mapping[str, str] | None = None
-    dtype: torch.dtype | None = None
-    piece_bytes: int = _PIECE
-    progress: bool = False
-    digests: dict[str, str] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        self.layout = common_layout(self.base, self.experts, buffers=self.buffers, tied=self.tied)
-        self.kinds = {name: Kind(value.dtype, tuple(value.shape)) for name, value in self.base.items()}
-        self._widest = [
-            _widest(self.kinds[n].dtype for n in part) for part in (self.layout.parameters, self.layout.buffers)
-        ]
-        self.names = tuple(sorted(self.layout.parameters))
-
-    def pieces(self) -> list[list[str]]:
-        """Return the names of all tensors, in the order and groups in which they are read."""
-        parts: list[list[str]] = []
-        size = 0
-        for name in sorted(self.kinds):
-            kind = self.kinds[name]
-            own = 4 * len(self.experts) * kind.nbytes // kind.dtype.itemsize
-            if not parts or size + own > self.piece_bytes:
-                parts.append([])
-                size = 0
-            parts[-1].append(name)
-            size += own
-        return parts
-
-    def banks(self, label: str, hashed: bool = False) -> Iterator[TaskVectors]:
-        """Read base and experts once.
-
-        Args:
-            label: What for, beside the progress bar.
-            hashed: Whether :attr:`digests` are made.
-        """
-        digests = {task: StateDigest() for task in ("", *self.experts)} if hashed else {}
-        total = sum(kind.nbytes for kind in self.kinds.values()) * (1 + len(self.experts))
-        with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=not self.progress, leave=False) as bar:
-            for names in self.pieces():
-                yield self._bank(names, digests)
-                bar.update(sum(self.kinds[name].nbytes for name in names) * (1 + len(self.experts)))
-        self.digests = {task: digest.hexdigest() for task, digest in digests.items()}
-
-    def _bank(self, names: list[str], digests: Mapping[str, StateDigest]) -> TaskVectors:
-        own = set(names)
-        base = {name: self.base[name] for name in names}
-        stacks = [
-            Stack([name for name in part if name in own], base, len(self.experts), dtype, widest)
-            for part, dtype, widest in zip(
-                (self.layout.parameters, self.layout.buffers), (self.dtype, None), self._widest, strict=True
-            )
-        ]
-        for row, (task, state) in enumerate({"": base, **self.experts}.items()):
-            where = f"expert {task!r}" if row else "base"
-            for name in names:
-                value = state[name]
-                check_state(where, name, value)
-                if digests:
-                    digests[task].update(name, value)
-                for stack in stacks if row else ():
-                    stack.put(row - 1, name, value)
-            aliases = {alias: name for alias, name in self.layout.tied.items() if alias in own}
-            check_tied(where, self.base if not row else state, aliases)
-        constants = {name: base[name] for name in self.layout.constants if name in own}
-        return TaskVectors(tuple(self.experts), stacks[0], stacks[1], constants, {}, {}, self.names)
+def _entrywise(model: MergeModule) -> Callable[[str, Sequence[int]], bool]:
+    """Say of a tensor whether rule and transforms all take it entry by entry."""
+    parts: tuple[MergeModule | Transform, ...] = (model, *model.transforms)
+    return lambda name, shape: all(part.entrywise(name, shape) for part in parts)
 
 
 class _Pieces:
@@ -162,6 +77,12 @@ class _Pieces:
             if bank.names:
                 yield bank.deltas
             del bank  # before the next piece is read; so does everyone who reads
+
+    def pairs(self, *, base: bool) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]:
+        for bank in self._banks():
+            if bank.names:
+                yield bank.deltas, bank.base if base else None
+            del bank
 
 
 def _after(
@@ -195,9 +116,9 @@ def stream_merge(
 ) -> Path:
     """Merge base and experts into safetensors and ``merge.json``.
 
-    Beside one piece (the task vectors of one large tensor, or of many small ones) and what the rule makes of it,
-    nothing is held. A merge that cannot go piece by piece is made of a single one, which is the whole network; see
-    :func:`why_not_streamed`.
+    Beside one piece (the task vectors of a large tensor, of a part of one, or of many small ones) and what the rule
+    makes of it, nothing is held. A merge that cannot go piece by piece is made of a single one, which is the whole
+    network; see :func:`why_not_streamed`.
 
     Args:
         model: The merge; its own suite is not asked for anything.
@@ -212,19 +133,24 @@ def stream_merge(
         Path of the weights: the file, or the index of several.
 
     Raises:
-        MergeError: The merge learns, base and experts do not fit together, or there are weights already.
+        MergeError: The merge learns, base and experts do not fit together, there are weights already, or a merged
+            value is too large for the type of the base.
     """
     if model.needs == "data" or model.buffer_policy == "recalibrate":
         raise MergeError(f"{why_not_streamed(model)}; it needs a suite with images: lit-merge fit or merge --config …")
+    whole = why_not_streamed(model) is not None
+    scale = getattr(model, "scale", None)
+    if isinstance(scale, list | tuple) and any(isinstance(entry, Mapping) for entry in scale):
+        per_tensor(list(scale), reader.names)  # a filter that fits nothing is said before anything is read
+    pieces = [[Part(name) for name in sorted(reader.kinds)]] if whole else reader.pieces(_entrywise(model))
     last = False
 
     def read(label: str) -> Iterator[TaskVectors]:
-        return reader.banks(label, hashed=last)
+        return reader.banks(label, pieces, hashed=last)
 
-    whole = why_not_streamed(model) is not None
-    if whole:
-        reader.piece_bytes = 2**63
-    writer = ShardWriter(folder, reader.kinds, stem=stem, shard_bytes=shard_bytes, overwrite=overwrite)
+    writer = ShardWriter(
+        folder, reader.kinds, stem=stem, shard_bytes=shard_bytes, overwrite=overwrite, describing=["merge.json"]
+    )
     with writer, _warn_once():
         banks: Callable[[str], Iterator[TaskVectors]] = read
         for transform in model.transforms:
@@ -234,14 +160,18 @@ def stream_merge(
         aliases: dict[str, list[str]] = {}
         for alias, name in reader.layout.tied.items():
             aliases.setdefault(name, []).append(alias)
-        last = True
+        last, order = True, iter(pieces)
         for bank in banks(f"merging by {rule}"):
             merged = merge(bank) if bank.names else {}
             merged = bank.complete(merged, "base" if model.buffer_policy == "base" else "average")
-            for name, value in merged.items():
-                for every in (name, *aliases.get(name, ())):
-                    writer.write(every, value)
-                value = torch.empty(0)
+            for part in next(order):
+                if part.name not in merged:  # an alias
+                    continue
+                value = merged.pop(part.name)
+                check_finite("merged network", part.name, value)
+                for name in (part.name, *aliases.get(part.name, ())):
+                    writer.write(name, value, None if part.entries is None else part.entries.start)
+                del value
             del bank, merged  # before the next piece is read
     weights = {"file": writer.path.name, "sha256": state_digest(read_state(writer.path))}
     hashes = {"base": reader.digests[""], "experts": {task: reader.digests[task] for task in reader.experts}}
@@ -293,10 +223,3 @@ def _warn_once() -> Iterator[None]:
     for every in places.values():
         more = f" (and {len(every) - 1} more like this)" if len(every) > 1 else ""
         warnings.warn(f"{every[0].message}{more}", every[0].category, stacklevel=4)
-
-
-def _widest(dtypes: Any) -> torch.dtype | None:  # noqa: ANN401 - an iterable of dtypes
-    found: torch.dtype | None = None
-    for dtype in dtypes:
-        found = dtype if found is None else torch.promote_types(found, dtype)
-    return found

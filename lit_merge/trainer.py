@@ -8,7 +8,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lit_merge.checkpoints.export import write_card
+from lit_merge.checkpoints.model_card import model_card
 from lit_merge.checkpoints.reading import read_checkpoint
+from lit_merge.encoders.json_files import read_json
 from lit_merge.errors import MergeError
 from lit_merge.exporting import ExportFormat, export_merge
 from lit_merge.module import MergeModule
@@ -60,7 +63,7 @@ class MergeTrainer(L.Trainer):
         output: str | Path | None = None,
         format: ExportFormat = "safetensors",
     ) -> Path:
-        """Merge with a data-free method, evaluate the result and export it.
+        """Merge with a data-free method, evaluate the result and export it; or weights alone: merge --base DIR --help.
 
         Without an evaluation the merge goes piece by piece where the rule allows, see :mod:`lit_merge.streaming`, in
         the memory of its largest tensor.
@@ -97,9 +100,9 @@ class MergeTrainer(L.Trainer):
         folder = run_dir(self) / "export" if output is None else Path(output)
         path = folder / "merged.safetensors"
         if self.is_global_zero:
-            path = stream_suite(
-                model, folder, provenance(self, model, merged=False), progress=bool(self.progress_bar_callback)
-            )
+            facts = provenance(self, model, merged=False)
+            path = stream_suite(model, folder, facts, progress=bool(self.progress_bar_callback))
+            write_card(folder, model_card(read_json(folder / "merge.json")))
         self.strategy.barrier()
         rank_zero_info(f"merged network: {path}")
         return path

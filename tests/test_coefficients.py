@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import ToySuite
 
-from lit_merge import AdaMerging, MergeError, TaskArithmetic
+from lit_merge import AdaMerging, MergeError, TaskArithmetic, methods
 from lit_merge.coefficients import Filtered, per_tensor, start_values, tying
 
 NAMES = ["stem.w", "h.0.attn.w", "h.0.mlp.w", "h.1.attn.w", "h.1.mlp.w", "h.2.attn.w", "h.2.mlp.w"]
@@ -77,3 +77,18 @@ def test_adamerging_learns_over_depth_and_starts_like_task_arithmetic() -> None:
     assert bool((learned.coefficients.grad != 0).all())
     with torch.no_grad():
         assert learned.coefficient_table().shape == (3, len(learned.bank.names))
+
+
+@pytest.mark.parametrize("method", ["ConcreteMerging", "DAM"])
+def test_coefficients_under_masks_are_tied_and_begin_by_name_too(method: str) -> None:
+    suite = ToySuite("vit")
+    names: list[Any] = [{"filter": "bias", "value": "task"}, {"value": "tensor"}]
+    start: list[Any] = [{"filter": "bias", "value": 0.1}, {"value": [0.2, 0.6]}]
+    model = getattr(methods, method)(suite=suite, granularity=names, init=start)
+    model.configure_model()
+    biases = [name for name in model.bank.names if "bias" in name]
+    assert model.coefficients.shape == (3, 1 + len(model.bank.names) - len(biases))
+    expected = [per_tensor(start, model.bank.names)[name] for name in model.bank.names]
+    assert model.coefficient_table().tolist() == [pytest.approx(expected)] * 3
+    with pytest.raises(MergeError, match="shares its coefficient"):
+        getattr(methods, method)(suite=suite, granularity="task", init=start).configure_model()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ class StateDigest:
 
     def update(self, name: str, value: Tensor) -> None:
         """Add one tensor."""
-        self._hash.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        flat = value.detach().cpu().contiguous().flatten()
+        self.begin(name, value.dtype, value.shape)
+        self.feed(value)
+
+    def begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
+        """Begin a tensor that is added in parts."""
+        self._hash.update(f"{name}|{dtype}|{tuple(shape)}|".encode())
+
+    def feed(self, part: Tensor) -> None:
+        """Add the next entries of the tensor that was begun, in the order of memory."""
+        flat = part.detach().cpu().contiguous().flatten()
         if flat.numel():
             self._hash.update(flat.view(torch.uint8).numpy().data)
 

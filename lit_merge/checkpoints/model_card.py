@@ -231,8 +231,11 @@ def _caveats(provenance: Mapping[str, Any], report: Mapping[str, Any] | None) ->
         "- The licences of base and experts hold for the merged weights; see there.",
         "- What the experts have learned, the merged network may have as well: their biases, and a backdoor if one of "
         "them has one.",
-        "- It gives features. Scores are those of one frozen head per task, which is not part of this file.",
     ]
+    if provenance.get("suite") != "WeightsSuite":  # any network, with its head or not
+        lines.append(
+            "- It gives features. Scores are those of one frozen head per task, which is not part of this file."
+        )
     if provenance.get("activation"):
         lines.append(
             f"- Its activation is `{provenance['activation']}`. The weights load into a network with another one "

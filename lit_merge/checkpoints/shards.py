@@ -6,13 +6,19 @@ import json
 import math
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # no POSIX: leftovers of killed writers stay
+    fcntl = None  # type: ignore[assignment, unused-ignore]
 
 from lit_merge.checkpoints.export import write_json
 from lit_merge.errors import MergeError
@@ -25,6 +31,9 @@ _CODES = {
 }  # fmt: skip
 
 
+_TOKEN = "?" * 8
+
+
 class Kind(NamedTuple):
     """Type and shape of a tensor."""
 
@@ -32,17 +41,25 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.dtype.itemsize * math.prod(self.shape)
+        return self.dtype.itemsize * self.numel
 
 
 class _Shard:
-    """One file under a temporary name, with its header; tensors are put at their places in any order."""
+    """One file under a temporary name, with its header; tensors are put at their places in any order.
+
+    The file is locked as long as its writer lives, so that the next one knows what a killed one has left.
+    """
 
     def __init__(self, path: Path, kinds: Mapping[str, Kind]) -> None:
         self.path = path
-        self.missing = set(kinds)
+        self.missing = {name: kind.numel for name, kind in kinds.items()}
         self.places: dict[str, int] = {}
         self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._file: BinaryIO | None = None
@@ -56,33 +73,56 @@ class _Shard:
         text += b" " * (-len(text) % 8)
         self._opening, self._size = len(text).to_bytes(8, "little") + text, 8 + len(text) + start
 
-    def write(self, name: str, value: Tensor) -> None:
-        """Put a tensor to its place; the file is closed after the last."""
+    def write(self, name: str, value: Tensor, first: int) -> None:
+        """Put entries of a tensor to their places; after the last ones everything is in the file."""
         if self._file is None:
             self._file = self._temporary.open("xb")
+            _lock(self._file)
             self._file.write(self._opening)
             self._file.truncate(self._size)
-        self._file.seek(len(self._opening) + self.places[name])
+        self._file.seek(len(self._opening) + self.places[name] + first * value.dtype.itemsize)
         flat = value.detach().cpu().contiguous().flatten()
         if flat.numel():
             self._file.write(flat.view(torch.uint8).numpy().data)
-        self.missing.discard(name)
+        self.missing[name] -= flat.numel()
+        if not self.missing[name]:
+            del self.missing[name]
         if not self.missing:
-            self.close()
-
-    def close(self) -> None:
-        """Close the file, if it is open."""
-        if self._file is not None:
-            self._file.close()
+            self._file.flush()
 
     def commit(self) -> None:
         """Give the file its name."""
+        self._close()
         self._temporary.replace(self.path)
 
     def drop(self) -> None:
         """Remove what is there under the temporary name."""
-        self.close()
+        self._close()
         self._temporary.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Lock a file as long as it is open; say whether that was possible."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another one has it, or the disk has no locks
+        return False
+    return True
+
+
+def _sweep(folder: Path, stem: str) -> None:
+    """Remove what writers that were killed left of weights of this stem."""
+    for name in (f".{stem}.safetensors.{_TOKEN}.tmp", f".{stem}-*-of-*.safetensors.{_TOKEN}.tmp"):
+        for path in folder.glob(name):
+            with suppress(OSError), path.open("rb") as file:
+                if _lock(file):
+                    path.unlink()
 
 
 class ShardWriter:
@@ -90,7 +130,7 @@ class ShardWriter:
 
     Names, types and shapes are known before, so headers are written first and every tensor goes to its place on disk:
     nothing is kept. All files have temporary names until the last tensor is there; then they are renamed, the index
-    last. After an error none of them is left.
+    last. After an error none of them is left; what a killed process left is removed by the next writer.
 
     Args:
         folder: Where to; made if missing.
@@ -99,6 +139,7 @@ class ShardWriter:
             ``model.safetensors.index.json``.
         shard_bytes: Most bytes of tensors per file; a larger tensor has one for itself.
         overwrite: Whether weights of this stem that are there may be replaced.
+        describing: Names of files in the folder that describe the weights: removed when these are replaced.
 
     Attributes:
         path: The file, or the index.
@@ -125,19 +166,24 @@ class ShardWriter:
         stem: str = "model",
         shard_bytes: int = 5 * 10**9,
         overwrite: bool = False,
+        describing: Sequence[str] = (),
     ) -> None:
         if shard_bytes < 1:
             raise MergeError(f"shard size: expected at least 1 byte, found {shard_bytes}")
         if odd := [name for name, kind in kinds.items() if kind.dtype not in _CODES]:
             raise MergeError(f"{odd[0]}: {kinds[odd[0]].dtype} is not written to safetensors; cast it first")
         self.folder, self._kinds = Path(folder), dict(kinds)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise MergeError(f"{self.folder}: expected a folder for the weights, found a file; give another path")
         self._index = self.folder / f"{stem}.safetensors.index.json"
         self._old = [*self.folder.glob(f"{stem}.safetensors"), *self.folder.glob(f"{stem}-*-of-*.safetensors")]
         self._old += [self._index] if self._index.exists() else []
         if self._old and not overwrite:
             raise MergeError(f"{self._old[0]}: there are weights already; give another folder, or --overwrite")
+        self._old += [self.folder / name for name in describing]
         self._total = sum(kind.nbytes for kind in kinds.values())
         self.folder.mkdir(parents=True, exist_ok=True)
+        _sweep(self.folder, stem)
         if (free := shutil.disk_usage(self.folder).free) < self._total:
             raise MergeError(f"{self.folder}: expected {self._total} bytes of free disk, found {free}")
         parts = _split(self._kinds, shard_bytes)
@@ -148,16 +194,22 @@ class ShardWriter:
         self._home = {name: shard for shard in self._shards for name in shard.places}
         self.path = self._index if len(parts) > 1 else self._shards[0].path
 
-    def write(self, name: str, value: Tensor) -> None:
-        """Write one tensor to disk.
+    def write(self, name: str, value: Tensor, first: int | None = None) -> None:
+        """Write one tensor to disk, or some of its entries.
+
+        Args:
+            name: Its name.
+            value: The tensor; or entries, ``(n,)``.
+            first: Place of the first of these entries, in the order of memory; every entry is written once.
 
         Raises:
             MergeError: It is not of the type and shape that were announced.
         """
         kind = self._kinds[name]
-        if (value.dtype, tuple(value.shape)) != kind:
-            raise MergeError(f"{name}: expected {kind.dtype} {kind.shape}, found {value.dtype} {tuple(value.shape)}")
-        self._home[name].write(name, value)
+        shape = kind.shape if first is None else (min(value.numel(), kind.numel - first),)
+        if (value.dtype, tuple(value.shape)) != (kind.dtype, shape):
+            raise MergeError(f"{name}: expected {kind.dtype} {shape}, found {value.dtype} {tuple(value.shape)}")
+        self._home[name].write(name, value, first or 0)
 
     def __enter__(self) -> Self:
         return self

@@ -29,6 +29,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
+# configs, tokenizers, templates, cards
+_SMALL = (".json", ".txt", ".md", ".model", ".jinja", ".tiktoken")
 
 
 @dataclass(frozen=True)
@@ -195,11 +197,11 @@ def chosen_files(files: list[str], *, open_clip: bool = False) -> list[str]:
         files: All files of the repository.
         open_clip: Whether open_clip's files are preferred.
 
-    >>> chosen_files(["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5"])
-    ['config.json', 'model.safetensors']
+    >>> chosen_files(["config.json", "tokenizer.model", "model.safetensors", "pytorch_model.bin", "tf_model.h5"])
+    ['config.json', 'tokenizer.model', 'model.safetensors']
     """
     here = [name for name in files if "/" not in name]
-    small = [name for name in here if name.endswith((".json", ".txt", ".md")) and not name.endswith(".index.json")]
+    small = [name for name in here if name.endswith(_SMALL) and not name.endswith(".index.json")]
     if "adapter_config.json" in here:
         return small + [name for name in here if name.startswith("adapter_model.")][:1]
     first = next((name for name in _ordered(open_clip) if name in here), None)

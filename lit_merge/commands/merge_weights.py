@@ -6,12 +6,17 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import restricted_string_type
 
 from lit_merge.checkpoints.atomic import atomic_path
+from lit_merge.checkpoints.export import write_card
+from lit_merge.checkpoints.model_card import model_card
 from lit_merge.checkpoints.reading import read_state
+from lit_merge.encoders.json_files import read_json
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.parsing import MergeParser
@@ -23,10 +28,13 @@ __all__ = ("main",)
 
 _OWN = ("base", "experts", "method", "output", "buffers", "shard_size", "overwrite", "progress", "config", "help",
         "print_config")  # fmt: skip
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?", re.IGNORECASE)
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?$", re.IGNORECASE)
+_Size = restricted_string_type("Size", _SIZE, "A number of bytes such as 500MB or 5GB.")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# what goes with the weights: config and tokenizer; no code, no other weights
-_BESIDE = (".json", ".txt", ".model", ".jinja")
+# what goes with the weights: configs, tokenizer, templates; no code, no weights, nothing that is not a model's
+_BESIDE = ("config.json", "*_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
+           "merges.txt", "*.model", "*.tiktoken", "*.jinja", "chat_template*")  # fmt: skip
+_NOT_BESIDE = ("*.py", "*.safetensors", "*.bin")
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -46,7 +54,9 @@ def main(args: list[str]) -> None:
         prog="lit-merge merge",
         allow_abbrev=False,
         description="Merge safetensors of any network, piece by piece where the method allows: no network is run, and "
-        "none is whole in memory. Other options are those of the method, such as --scale.",
+        "none is whole in memory. Config and tokenizer of the base are copied beside the weights, so that transformers "
+        "loads the folder. Other options are those of the method, which --method.help NAME lists. An example: "
+        "lit-merge merge --base DIR --experts DIR code=DIR --method Ties --density 0.2 --output DIR",
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with these options.")
     parser.add_argument("--base", type=str, required=True, help="File, folder or repository ORG/NAME of the hub.")
@@ -55,7 +65,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="Folder for the merged weights.")
     parser.add_argument("--buffers", type=str, nargs="*", default=[], help="Names of running statistics, which are "
                         "averaged; those of batch normalisation are known.")  # fmt: skip
-    parser.add_argument("--shard_size", type=str, default="5GB", help="Most bytes of a file, such as 500MB.")
+    parser.add_argument("--shard_size", type=_Size, default="5GB", help="Most bytes of a file, such as 500MB.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace weights in the folder.")
     parser.add_argument("--progress", type=bool, default=True, help="Show progress bars.")
     parser.add_subclass_arguments(MergeModule, "method", required=True, skip={"objective"}, fail_untyped=False)
@@ -64,6 +74,8 @@ def main(args: list[str]) -> None:
     model: MergeModule = parser.instantiate_classes(config).method
     suite = model.suite
     assert isinstance(suite, WeightsSuite)
+    if (taken := next((name for name in suite.folders if _same(name, config.output)), None)) is not None:
+        raise MergeError(f"output: {config.output} is the folder of {taken}, which is merged; give another one")
     if (reason := why_not_streamed(model)) is not None:
         sys.stderr.write(f"merging in memory, not piece by piece: {reason}\n")
     base = suite.base()
@@ -86,7 +98,8 @@ def main(args: list[str]) -> None:
     path = stream_merge(
         model, reader, config.output, facts, shard_bytes=_bytes(config.shard_size), overwrite=config.overwrite
     )
-    copied = _copy_beside(suite.folder, Path(config.output))
+    write_card(path.parent, model_card(read_json(path.parent / "merge.json")))
+    copied = _copy_beside(suite.folder, Path(config.output), overwrite=config.overwrite)
     with_them = f", with {', '.join(copied)} of the base" if copied else ""
     sys.stdout.write(f"merged network: {path} ({len(read_state(path))} tensors{with_them})\n")
 
@@ -106,19 +119,26 @@ def _of_method(args: Sequence[str]) -> list[str]:
 
 
 def _bytes(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise MergeError(f"shard_size: expected a size such as 500MB or 5GB, found {text!r}")
+    found = _SIZE.fullmatch(text)
+    assert found is not None  # as the parser has seen
     return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
 
-def _copy_beside(source: Path, target: Path) -> list[str]:
-    """Copy config and tokenizer of the base, if they are not there."""
+def _same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == Path(other).resolve()
+
+
+def _copy_beside(source: Path, target: Path, *, overwrite: bool) -> list[str]:
+    """Copy configs and tokenizer of the base; a file that is there stays unless weights were replaced too."""
     copied = []
     for path in sorted(source.iterdir()):
-        old = path.name in ("merge.json", "report.json") or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _BESIDE and not old and not (target / path.name).exists():
+        chosen = _fits(path.name, _BESIDE) and not _fits(path.name, _NOT_BESIDE)
+        if chosen and path.is_file() and (overwrite or not (target / path.name).exists()):
             with atomic_path(target / path.name) as temporary:
                 shutil.copyfile(path, temporary)
             copied.append(path.name)
     return copied
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_merge.errors import MergeError
 from lit_merge.functional.scopes import wide
 
-__all__ = ("depths", "lines", "lines_intercept")
+__all__ = ("depths", "intercept_of", "lines", "lines_intercept")
 
 
 def depths(names: Iterable[str]) -> dict[str, float | None]:
@@ -111,8 +111,27 @@ def lines_intercept(deltas: Mapping[str, Tensor], multi_task: Mapping[str, Tenso
     >>> [lines_intercept(deltas, {"w": torch.tensor(merged)}) for merged in ([4.0, 4.0], [2.0, 2.0])]
     [0.5, 1.0]
     """
-    tasks = len(next(iter(deltas.values()))) if deltas else 1
-    names = sorted(deltas)
-    whole = math.fsum(float(wide(deltas[name]).sum(0).double().square().sum()) for name in names)
-    merged = math.fsum(float(wide(multi_task[name]).double().square().sum()) for name in names)
-    return math.sqrt(whole / merged) / tasks if merged > 0 else 0.0
+    return intercept_of([(deltas, multi_task)])
+
+
+def intercept_of(pieces: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> float:
+    """Return :func:`lines_intercept` of a network that is read piece by piece.
+
+    Args:
+        pieces: Task vectors, ``(T, *shape)`` each, and merged ones, ``(*shape)`` each, of some tensors at a time.
+
+    >>> import torch
+    >>> halves = [{"a": torch.tensor([[1.0], [3.0]])}, {"b": torch.tensor([[2.0], [2.0]])}]
+    >>> intercept_of((half, {name: torch.tensor([2.0]) for name in half}) for half in halves)
+    1.0
+    """
+    tasks, whole, merged = 1, [0.0], [0.0]
+    for deltas, multi_task in pieces:
+        for name, delta in deltas.items():
+            tasks = len(delta)
+            whole.append(float(wide(delta).sum(0).double().square().sum()))
+            merged.append(float(wide(multi_task[name]).double().square().sum()))
+            del delta
+        del deltas, multi_task
+    length = math.fsum(merged)
+    return math.sqrt(math.fsum(whole) / length) / tasks if length > 0 else 0.0

@@ -25,6 +25,7 @@ def model_stock(
     per: Scope = "tensor",
     average: AngleMean = "cosine",
     clamp: bool = True,
+    products: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Shrink the mean task vector by t = T cos θ / (1 + (T − 1) cos θ), with θ the mean angle between the experts.
 
@@ -37,6 +38,8 @@ def model_stock(
         average: Of the pairs of experts: mean ``cosine``, as in mergekit, or mean ``angle``, as in FusionBench.
         clamp: Take a negative mean cosine for 0, so the base comes out. The formula itself would step away from
             the experts, without bound as cos θ → −1/(T − 1).
+        products: What :func:`~lit_merge.functional.scopes.network_gram` said, where ``deltas`` is a piece of a network
+            and ``per`` is that.
 
     Returns:
         Merged task vector, ``(*shape)`` each. A pair with a zero vector counts as orthogonal.
@@ -53,7 +56,7 @@ def model_stock(
     for name, delta in deltas.items():
         if len(delta) < 2:
             raise MergeError(f"model_stock: {name}: expected at least two experts, found {len(delta)}")
-    coefficients = {name: _shrink(g, average, clamp) for name, g in gram(deltas, per).items()}
+    coefficients = {name: _shrink(g, average, clamp) for name, g in gram(deltas, per, network=products).items()}
     return combine(deltas, coefficients, per)
 
 

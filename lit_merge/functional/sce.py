@@ -5,15 +5,28 @@ Source: Wan et al., FuseChat: Knowledge Fusion of Chat Models, section 3.3 and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lit_merge.functional.scopes import check_scope, scopes, share, wide
+from lit_merge.functional.selection import kth_magnitudes
 
-__all__ = ("sce_merge",)
+__all__ = ("SceFacts", "sce_facts", "sce_merge")
+
+
+class SceFacts(NamedTuple):
+    """What selection and coefficients have to know of the whole network.
+
+    Attributes:
+        least: Smallest variance that is selected, a scalar.
+        energies: Sum of squares of what is selected, per task, ``(T,)``.
+    """
+
+    least: Tensor
+    energies: Tensor
 
 
 def sce_merge(
@@ -22,6 +35,7 @@ def sce_merge(
     *,
     per: Literal["tensor", "network"] = "tensor",
     renormalize: bool = False,
+    facts: SceFacts | None = None,
 ) -> dict[str, Tensor]:
     """Merge where the experts differ most, by energy, and without the minority.
 
@@ -37,6 +51,7 @@ def sce_merge(
             alike are merged entirely. mergekit's ``select_topk``, which is 1 by default.
         per: Selection and coefficients are those of each ``tensor``, as published, or of the whole ``network``.
         renormalize: Divide each entry by the sum of coefficients of the tasks that were not erased, as mergekit does.
+        facts: What :func:`sce_facts` said, where ``deltas`` is a piece of a network and ``per`` is that.
 
     Returns:
         Merged task vector, ``(*shape)`` each.
@@ -51,18 +66,17 @@ def sce_merge(
     share("density", density)
     merged = {}
     for names in scopes(deltas, per) if deltas else ():
-        variances = {name: _variance(deltas[name]) for name in names}
-        least = _largest(torch.cat([value.reshape(-1) for value in variances.values()]), density)
-        energy: Tensor | None = None
+        if facts is None or per != "network":
+            variances = torch.cat([_variance(deltas[name]).reshape(-1) for name in names])
+            least = _largest(variances, density)
+            found = SceFacts(least, _energies([{name: deltas[name] for name in names}], least))
+            del variances  # as large as the network
+        else:
+            found = facts
+        total = found.energies.sum()
+        eta = torch.where(total > 0, found.energies / total, 1 / len(found.energies))
         for name in names:
-            squares = _selected(deltas[name], variances[name], least).square().reshape(len(deltas[name]), -1).sum(1)
-            energy = squares if energy is None else energy + squares.to(energy.device)
-        if energy is None:
-            continue
-        total = energy.sum()
-        eta = torch.where(total > 0, energy / total, 1 / len(energy))
-        for name in names:
-            delta = _selected(deltas[name], variances[name], least)
+            delta = _selected(deltas[name], found.least)
             weights = eta.to(delta).reshape(-1, *[1] * (delta.ndim - 1))
             agrees = torch.where(delta.sum(0) < 0, delta < 0, delta > 0)
             value = torch.where(agrees, weights * delta, 0).sum(0)
@@ -73,6 +87,52 @@ def sce_merge(
     return {name: merged[name] for name in deltas}
 
 
+def sce_facts(pieces: Iterable[Mapping[str, Tensor]], density: float = 0.1) -> SceFacts:
+    """Take from a network that is read piece by piece what :func:`sce_merge` over the network needs of it.
+
+    Args:
+        pieces: Task vectors, ``(T, *shape)`` each, of some tensors at a time, in sorted order of names; read three
+            times, five times in float64.
+        density: Share of entries that are selected, in (0, 1].
+
+    Raises:
+        MergeError: ``density`` is outside (0, 1].
+
+    >>> halves = [{"a": torch.tensor([[3.0, 1.0], [1.0, 1.0]])}, {"b": torch.tensor([[1.0, 0.0], [-2.0, 0.0]])}]
+    >>> sce_facts(halves, density=0.5)
+    SceFacts(least=tensor(1.), energies=tensor([10.,  5.]))
+    """
+    share("density", density)
+    least = kth_magnitudes(_Variances(pieces), lambda size: _rank(size, density))
+    return SceFacts(least[0] if len(least) else torch.zeros(()), _energies(pieces, least[0] if len(least) else least))
+
+
+class _Variances:
+    """Variances ``(1, *shape)`` of pieces, each time they are read."""
+
+    def __init__(self, pieces: Iterable[Mapping[str, Tensor]]) -> None:
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        for piece in self._pieces:
+            variances = {name: _variance(delta)[None] for name, delta in piece.items()}
+            del piece
+            yield variances
+            del variances
+
+
+def _energies(pieces: Iterable[Mapping[str, Tensor]], least: Tensor) -> Tensor:
+    """Sums of squares of what is selected, ``(T,)``, tensor by tensor."""
+    energy: Tensor | None = None
+    for piece in pieces:
+        for delta in piece.values():
+            squares = _selected(delta, least).square().reshape(len(delta), -1).sum(1)
+            energy = squares if energy is None else energy + squares.to(energy.device)
+            del delta
+        del piece
+    return torch.zeros(0) if energy is None else energy
+
+
 def _variance(delta: Tensor) -> Tensor:
     """Variance over the tasks; around the first of them, so that it is exactly 0 where all are alike."""
     values = wide(delta)
@@ -80,12 +140,14 @@ def _variance(delta: Tensor) -> Tensor:
     return (values.square().mean(0) - values.mean(0).square()).clamp(min=0)
 
 
+def _rank(size: int, density: float) -> int:
+    return size - max(1, round(density * size)) + 1
+
+
 def _largest(values: Tensor, density: float) -> Tensor:
     """The smallest of the largest values, ``(P,)``, that are selected."""
-    if values.numel() == 0:
-        return values.new_zeros(())
-    return values.kthvalue(values.numel() - max(1, round(density * values.numel())) + 1).values
+    return values.kthvalue(_rank(len(values), density)).values if len(values) else values.new_zeros(())
 
 
-def _selected(delta: Tensor, variance: Tensor, least: Tensor) -> Tensor:
-    return torch.where(variance >= least.to(delta.device), wide(delta), 0)
+def _selected(delta: Tensor, least: Tensor) -> Tensor:
+    return torch.where(_variance(delta) >= least.to(delta.device), wide(delta), 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_merge.errors import MergeError
 
-__all__ = ("Scope", "as_rows", "check_scope", "combine", "flat", "gram", "scopes", "share", "wide")
+__all__ = ("Scope", "as_rows", "check_scope", "combine", "flat", "gram", "network_gram", "scopes", "share", "wide")
 
 Scope = Literal["row", "tensor", "network"]
 _PIECE = 2**22  # entries per task that are widened at once, so that no second copy of a large tensor is made
@@ -69,7 +69,10 @@ def as_rows(delta: Tensor, per: str) -> Tensor:
 
 
 def gram(
-    deltas: Mapping[str, Tensor], per: Scope = "tensor", base: Mapping[str, Tensor] | None = None
+    deltas: Mapping[str, Tensor],
+    per: Scope = "tensor",
+    base: Mapping[str, Tensor] | None = None,
+    network: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Inner products ⟨τ_s, τ_t⟩ of the task vectors; with a base, those of the weights θ0 + τ_t.
 
@@ -79,6 +82,7 @@ def gram(
         deltas: Task vectors, ``(T, *shape)`` each.
         per: Over what: a ``row`` (see :func:`as_rows`), a ``tensor`` or the ``network``.
         base: Weights of the base, ``(*shape)`` each.
+        network: What :func:`network_gram` said, where ``deltas`` is a piece of a network and this is over all of it.
 
     Returns:
         Gram matrices, ``(R, T, T)`` each, float64; with ``network`` the same for every name.
@@ -87,26 +91,53 @@ def gram(
     tensor([[[25.,  4.],
              [ 4.,  1.]]], dtype=torch.float64)
     """
-    found = {}
-    for name in sorted(deltas):
-        rows = as_rows(deltas[name], per)
-        anchor = None if base is None else as_rows(base[name][None], per)
-        tasks, number, size = rows.shape
-        double = torch.float32 if rows.device.type == "mps" else torch.float64
+    if per == "network":
+        whole = network_gram([(deltas, base)]) if network is None else network
+        return {name: whole.to(delta.device) for name, delta in deltas.items()}
+    return {name: _gram(delta, per, None if base is None else base[name]) for name, delta in deltas.items()}
+
+
+def network_gram(pieces: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]) -> Tensor:
+    """Inner products of the task vectors of a network that is read piece by piece; :func:`gram`'s over the network.
+
+    Args:
+        pieces: Task vectors, ``(T, *shape)`` each, of some tensors at a time, or of parts of one whose size is a
+            multiple of 2²² entries, and the weights of the base if those of the experts are meant; read once.
+
+    Returns:
+        Gram matrix, ``(1, T, T)``, float64; empty if there are no task vectors.
+
+    >>> network_gram([({"w": torch.tensor([[3.0], [0.0]])}, None), ({"b": torch.tensor([[4.0], [1.0]])}, None)])
+    tensor([[[25.,  4.],
+             [ 4.,  1.]]], dtype=torch.float64)
+    """
+    found: dict[str, Tensor] = {}
+    for deltas, base in pieces:
+        for name in sorted(deltas):
+            found[name] = _gram(deltas[name], "network", None if base is None else base[name], found.get(name))
+        del deltas, base  # before the next ones are read
+    if not found:
+        return torch.zeros(1, 0, 0, dtype=torch.float64)
+    device = next(iter(found.values())).device
+    return torch.stack([found[name].to(device) for name in sorted(found)]).sum(0)
+
+
+def _gram(delta: Tensor, per: str, base: Tensor | None, total: Tensor | None = None) -> Tensor:
+    """Inner products of one tensor, ``(R, T, T)``, added to those of the parts of it that came before."""
+    rows = as_rows(delta, per)
+    anchor = None if base is None else as_rows(base[None], per)
+    tasks, number, size = rows.shape
+    double = torch.float32 if rows.device.type == "mps" else torch.float64
+    if total is None:
         total = torch.zeros(number, tasks, tasks, dtype=double, device=rows.device)
-        across, along = max(1, _PIECE // max(size, 1)), min(max(size, 1), _PIECE)
-        for top in range(0, number, across):
-            for left in range(0, size, along):
-                piece = rows[:, top : top + across, left : left + along].to(double)
-                if anchor is not None:
-                    piece = piece + anchor[:, top : top + across, left : left + along].to(double)
-                total[top : top + across] += torch.einsum("srn,trn->rst", piece, piece)
-        found[name] = total
-    if per == "network" and found:
-        device = next(iter(found.values())).device
-        network = torch.stack([value.to(device) for value in found.values()]).sum(0)
-        found = {name: network.to(value.device) for name, value in found.items()}
-    return {name: found[name] for name in deltas}
+    across, along = max(1, _PIECE // max(size, 1)), min(max(size, 1), _PIECE)
+    for top in range(0, number, across):
+        for left in range(0, size, along):
+            piece = rows[:, top : top + across, left : left + along].to(double)
+            if anchor is not None:
+                piece = piece + anchor[:, top : top + across, left : left + along].to(double)
+            total[top : top + across] += torch.einsum("srn,trn->rst", piece, piece)
+    return total
 
 
 def combine(

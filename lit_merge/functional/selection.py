@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lit_merge.functional.scopes import wide
 
-__all__ = ("kth_magnitude", "kth_magnitudes")
+__all__ = ("kth_magnitude", "kth_magnitudes", "order_statistics")
 
 _DIGIT = 16  # bits that are decided on in one reading: a table of 65536 counts per task
+_SIZE = 2**_DIGIT
 _PIECE = 2**22  # entries that are counted at once
 _NEAR = 2**18  # entries that are compared at once, which a cache holds
 _SAMPLE = 2**16
@@ -57,14 +58,10 @@ def kth_magnitude(parts: Sequence[Tensor], rank: int) -> Tensor:
 
 
 def kth_magnitudes(pieces: Iterable[Mapping[str, Tensor]], rank: Callable[[int], int]) -> Tensor:
-    """Return the magnitude of a given rank of every task, as sorting all of them would.
-
-    The bits of floating-point magnitudes, read as integers, are in the order of the magnitudes. So the leading 16 bits
-    of the answer follow from a table of counts, and each further reading gives the next 16.
+    """Return the magnitude of a given rank of every task, as sorting all of them would; see :func:`order_statistics`.
 
     Args:
-        pieces: Task vectors, ``(T, *shape)`` each, of some tensors at a time; read twice, four times in float64. The
-            entries are finite.
+        pieces: Task vectors, ``(T, *shape)`` each, of some tensors at a time.
         rank: Maps the number of entries per task to the rank, from 1 for the smallest.
 
     Returns:
@@ -74,48 +71,99 @@ def kth_magnitudes(pieces: Iterable[Mapping[str, Tensor]], rank: Callable[[int],
     >>> kth_magnitudes(two, lambda size: 2)
     tensor([4.0000, 0.5000])
     """
-    prefixes: list[int] = []
-    left: list[int] = []
-    shift, dtype = 16, torch.float32
+    return order_statistics(pieces, lambda size: [rank(size)], magnitudes=True)[0]
+
+
+def order_statistics(
+    pieces: Iterable[Mapping[str, Tensor]], ranks: Callable[[int], Sequence[int]], *, magnitudes: bool = False
+) -> Tensor:
+    """Return the entries of given ranks of every task, as sorting all of them would.
+
+    The bits of floating-point numbers, read as integers and flipped where the sign is negative, are in the order of the
+    numbers. So the leading 16 bits of the answer follow from a table of counts, and each further reading gives the
+    next 16.
+
+    Args:
+        pieces: Vectors, ``(T, *shape)`` each, of some tensors at a time, or of parts of one; read twice, four times in
+            float64. The entries are finite.
+        ranks: Maps the number of entries per task to the R ranks, from 1 for the smallest; it is asked once.
+        magnitudes: Rank the magnitudes instead.
+
+    Returns:
+        Entries, ``(R, T)``, at least float32; zero if there are none to choose from.
+
+    >>> two = [{"w": torch.tensor([[5.0, -3.0], [0.5, 0.25]])}, {"b": torch.tensor([[-4.0], [-1.0]])}]
+    >>> order_statistics(two, lambda size: [1, size])
+    tensor([[-4.0000, -1.0000],
+            [ 5.0000,  0.5000]])
+    """
+    prefixes: Tensor | None = None
+    left = torch.zeros(0, dtype=torch.int64)
+    shift, dtype = 0, torch.float32
     while True:
         counts: Tensor | None = None
         size = 0
         for piece in pieces:
             if counts is None and piece:
                 some = next(iter(piece.values()))
-                dtype = wide(some[:0]).dtype
-                shift = shift if prefixes else torch.finfo(dtype).bits - _DIGIT
-                counts = torch.zeros(len(some), 2**_DIGIT, dtype=torch.int64)
+                if prefixes is None:
+                    dtype = wide(some[:0]).dtype
+                    shift = torch.finfo(dtype).bits - _DIGIT
+                counts = torch.zeros(1 if prefixes is None else len(prefixes), len(some), _SIZE, dtype=torch.int64)
                 del some
             if counts is not None:
-                size += _count(piece, counts, dtype, shift, prefixes)
+                size += _count(piece, counts, dtype, shift, prefixes, magnitudes)
             del piece  # before the next one is read
         if counts is None or not size:
-            return torch.zeros(0 if counts is None else len(counts), dtype=dtype)
-        if not prefixes:
-            prefixes, left = [0] * len(counts), [rank(size)] * len(counts)
-        for task, row in enumerate(counts.cumsum(1)):
-            digit = int(torch.searchsorted(row, left[task]))
-            left[task] -= int(row[digit - 1]) if digit else 0
-            prefixes[task] = prefixes[task] << _DIGIT | digit
+            return torch.zeros(len(ranks(0)), 0 if counts is None else counts.shape[1], dtype=dtype)
+        if prefixes is None:
+            wanted = ranks(size)
+            left = torch.tensor(wanted)[:, None].repeat(1, counts.shape[1])
+            prefixes = torch.zeros_like(left)
+            counts, half = counts.expand(len(wanted), -1, -1), 0 if magnitudes else _SIZE // 2
+        else:
+            half = 0
+        cumulated = counts.cumsum(-1)
+        digits = torch.searchsorted(cumulated, left[..., None])
+        before = cumulated.gather(-1, (digits - 1).clamp(min=0))
+        left -= torch.where(digits > 0, before, 0).squeeze(-1)
+        prefixes = (prefixes << _DIGIT) + digits.squeeze(-1) - half
         if shift == 0:
             whole = torch.int32 if dtype == torch.float32 else torch.int64
-            return torch.tensor(prefixes, dtype=whole).view(dtype)
+            return _flipped(prefixes.to(whole)).view(dtype)
         shift -= _DIGIT
 
 
-def _count(piece: Mapping[str, Tensor], counts: Tensor, dtype: torch.dtype, shift: int, prefixes: Sequence[int]) -> int:
-    """Add to the counts ``(T, 65536)``; return the number of entries per task."""
+def _count(
+    piece: Mapping[str, Tensor],
+    counts: Tensor,
+    dtype: torch.dtype,
+    shift: int,
+    prefixes: Tensor | None,
+    magnitudes: bool,
+) -> int:
+    """Add to the counts ``(R, T, 65536)`` of the digits that follow a prefix; return the number of entries per task."""
     for delta in piece.values():
         for task, row in enumerate(delta):
             for part in row.reshape(-1).split(_PIECE):
-                counts[task] += _histogram(part.cpu().to(dtype), shift, prefixes[task] if prefixes else None)
+                values = part.cpu().to(dtype)
+                values = values.abs() if magnitudes else values + 0.0  # there is one zero, not two
+                bits = values.view(torch.int32 if dtype == torch.float32 else torch.int64)
+                bits = bits if magnitudes else _flipped(bits)
+                if prefixes is None:
+                    counts[0, task] += _histogram((bits >> shift) + (0 if magnitudes else _SIZE // 2))
+                    continue
+                for row_counts, prefix in zip(counts, prefixes[:, task].tolist(), strict=True):
+                    chosen = bits[bits >> (shift + _DIGIT) == prefix]
+                    row_counts[task] += _histogram(chosen >> shift & (_SIZE - 1))
     return sum(delta[0].numel() for delta in piece.values())
 
 
-def _histogram(values: Tensor, shift: int, prefix: int | None) -> Tensor:
-    """Count the digit at ``shift`` of the magnitudes that begin with ``prefix``."""
-    bits = values.abs().view(torch.int32 if values.dtype == torch.float32 else torch.int64)
-    if prefix is not None:
-        bits = bits[bits >> (shift + _DIGIT) == prefix]
-    return torch.bincount(bits >> shift & (2**_DIGIT - 1), minlength=2**_DIGIT)
+def _flipped(bits: Tensor) -> Tensor:
+    """Make integers that are in the order of the numbers of these bits; and back again."""
+    most = torch.iinfo(bits.dtype).max
+    return torch.where(bits < 0, bits ^ most, bits)
+
+
+def _histogram(digits: Tensor) -> Tensor:
+    return torch.bincount(digits, minlength=_SIZE)

@@ -33,6 +33,7 @@ def slerp(
     per: Scope = "tensor",
     lengths: Lengths = "blend",
     threshold: float = 0.9995,
+    products: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Interpolate two experts along the arc between them: sin((1−t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b.
 
@@ -49,6 +50,8 @@ def slerp(
             the threshold bounds. ``linear``: applied to their directions, and the length interpolated linearly, so
             that it lies between theirs.
         threshold: Largest |cos Ω| with an arc.
+        products: What :func:`~lit_merge.functional.scopes.network_gram` said, where ``deltas`` is a piece of a network
+            and ``per`` is that.
 
     Returns:
         Merged task vector, ``(*shape)`` each.
@@ -71,7 +74,7 @@ def slerp(
     for name, delta in deltas.items():
         if len(delta) != 2:
             raise MergeError(f"slerp: {name}: expected two experts, found {len(delta)}; karcher_mean takes any number")
-    coefficients = {name: _arc(g, t, lengths, threshold) for name, g in gram(deltas, per, base).items()}
+    coefficients = {name: _arc(g, t, lengths, threshold) for name, g in gram(deltas, per, base, products).items()}
     return combine(deltas, coefficients, per, base)
 
 
@@ -97,6 +100,7 @@ def karcher_mean(
     per: Scope = "tensor",
     tolerance: float = 1e-9,
     max_steps: int = 100,
+    products: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Take the mean of the experts' directions on the sphere, with the mean of their lengths.
 
@@ -112,6 +116,8 @@ def karcher_mean(
         per: What has a direction: a ``row``, a ``tensor`` or the ``network``.
         tolerance: Length of the last step, in radians; mergekit: 1e-5.
         max_steps: Most steps; mergekit: 10. A step costs nothing that depends on the size of the network.
+        products: What :func:`~lit_merge.functional.scopes.network_gram` said, where ``deltas`` is a piece of a network
+            and ``per`` is that.
 
     Returns:
         Merged task vector, ``(*shape)`` each.
@@ -128,7 +134,7 @@ def karcher_mean(
     if not tolerance > 0 or max_steps < 1:
         raise MergeError(f"karcher_mean: expected tolerance > 0 and max_steps >= 1, found {tolerance} and {max_steps}")
     coefficients = {}
-    for name, g in gram(deltas, per, base).items():
+    for name, g in gram(deltas, per, base, products).items():
         given = [1.0] * g.shape[-1] if weights is None else list(weights)
         check_finite("weights", given, least=0)
         if len(given) != g.shape[-1] or not sum(given) > 0:

@@ -54,6 +54,10 @@ class OnMatrices(MergeModule):
         """What the rule has to see at once: one tensor."""
         return "tensor"
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say which tensors are no matrices, and merged entry by entry."""
+        return not self.policy.covers(name, torch.empty(1, *shape, device="meta"))
+
     @abstractmethod
     def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the merged task vector, ``(*shape)`` each, for task vectors ``(T, *shape)``, without α."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,7 +13,7 @@ from lit_merge.functional.finite import check_finite
 from lit_merge.functional.sums import sum_merge
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import DeltaMap, Needs, Pieces
 from lit_merge.transforms.breadcrumbs import Breadcrumbs as BreadcrumbsTransform
 
 __all__ = ("Breadcrumbs",)
@@ -51,6 +53,17 @@ class Breadcrumbs(MergeModule):
         """What has to be seen at once: what the transform needs."""
         return self.transform.needs
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is merged for itself: once the network has been seen."""
+        return self.transform.entrywise(name, shape)
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ Σ m_t ⊙ τ_t; every tensor is masked alike."""
-        return bank.offset(sum_merge(self.transform(bank.deltas), 1.0), self.scale)
+        return self._merge(bank, self.transform)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the ranks of the network if these count."""
+        return partial(self._merge, transform=self.transform.streamed(pieces))
+
+    def _merge(self, bank: TaskVectors, transform: DeltaMap) -> dict[str, Tensor]:
+        return bank.offset(sum_merge(transform(bank.deltas), 1.0), self.scale)

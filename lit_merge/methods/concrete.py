@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lit_merge.adaptation import Batches
+from lit_merge.coefficients import Coefficient, Tied, start_values
 from lit_merge.data.parts import split_batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask
@@ -78,8 +79,8 @@ class ConcreteMerging(MaskedMergeModule):
     Args:
         coefficients: ``learned`` or ``fixed``.
         granularity: Of the coefficients, as in :class:`~lit_merge.AdaMerging`: ``task``, ``block``, ``tensor``
-            (``layer``).
-        init: Coefficients at the start, λ0; null for 1/T.
+            (``layer``), or filters with these as values, see :mod:`lit_merge.coefficients`.
+        init: Coefficients at the start, λ0, a number, a list over depth or by name; null for 1/T.
         preset: ``paper`` or ``released``.
         mask_steps: Steps of the first stage, if coefficients are learned; published: 1000 of 2000.
         mask_rate: Learning rate of the logits; by default that of ``optimizer``, which makes one optimizer for the
@@ -105,8 +106,8 @@ class ConcreteMerging(MaskedMergeModule):
     def __init__(
         self,
         coefficients: Literal["learned", "fixed"] = "learned",
-        granularity: Granularity = "tensor",
-        init: float | None = 0.3,
+        granularity: Granularity | list[Tied] = "tensor",
+        init: Coefficient | None = 0.3,
         preset: Literal["paper", "released"] = "paper",
         mask_steps: int = 1000,
         mask_rate: float | None = None,
@@ -129,7 +130,7 @@ class ConcreteMerging(MaskedMergeModule):
         for name, value in (("mask_steps", mask_steps), ("inner_rate", self.inner_rate), ("mask_rate", mask_rate)):
             check_finite(f"{type(self).__name__}.{name}", value, least=0)
         self.learned = coefficients == "learned"
-        self.granularity: Granularity = granularity
+        self.granularity: Granularity | list[Tied] = granularity
         check_finite(f"{type(self).__name__}.init", init)
         self.init = init
         self.mask_steps = mask_steps
@@ -147,9 +148,10 @@ class ConcreteMerging(MaskedMergeModule):
         groups, column = bank.groups(self.granularity)
         self.register_buffer("column", column, persistent=False)
         start = 1 / len(bank.tasks) if self.init is None else self.init
-        shape = (len(bank.tasks), len(groups))
+        shares = nn.functional.one_hot(column, len(groups)).mT.double()
         self.logits = self.make_logits(bank)
-        self.coefficients = nn.Parameter(torch.full(shape, start, dtype=bank.compute_dtype))
+        row = start_values(start, shares, bank.names).to(bank.compute_dtype)
+        self.coefficients = nn.Parameter(row.repeat(len(bank.tasks), 1))
         # λ′ of the last step, which the next may need: the coefficients themselves stay at λ0 in the first stage
         self.moved = nn.Parameter(self.coefficients.detach().clone(), requires_grad=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,10 +12,11 @@ from lit_merge.coefficients import Coefficient
 from lit_merge.functional.consensus import consensus_merge
 from lit_merge.functional.finite import check_finite
 from lit_merge.functional.scopes import share
-from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
+from lit_merge.functional.ties import TiesFacts
+from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_facts, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Consensus",)
 
@@ -58,10 +61,21 @@ class Consensus(MergeModule):
     @property
     def needs(self) -> Needs:
         """What has to be seen at once: one tensor, but for the thresholds of TIES."""
-        return "tensor" if self.multi_task == "sum" else "network"
+        return "tensor" if self.multi_task == "sum" else "statistics"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · what is left of τ_MTL; every tensor is masked alike."""
-        vector = multi_task_vector(bank.deltas, self.multi_task, self.density)
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the thresholds of the network if TIES has some."""
+        return partial(self._merge, facts=multi_task_facts(pieces, self.multi_task, self.density))
+
+    def _merge(self, bank: TaskVectors, facts: TiesFacts | None = None) -> dict[str, Tensor]:
+        vector = multi_task_vector(bank.deltas, self.multi_task, self.density, facts)
         merged = consensus_merge(bank.deltas, 1.0, self.threshold, self.least, multi_task=vector)
         return bank.offset(merged, self.scale)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_merge.adaptation import Batches, chunks
+from lit_merge.coefficients import Coefficient, Tied
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, rescale_mask
 from lit_merge.functional.finite import check_finite
@@ -116,8 +117,8 @@ class DAM(ConcreteMerging):
         mask_update: MaskUpdate | None = None,
         mask_rate: float | None = None,
         mask_steps: int = 1000,
-        granularity: Granularity = "tensor",
-        init: float | None = 0.3,
+        granularity: Granularity | list[Tied] = "tensor",
+        init: Coefficient | None = 0.3,
         inner_step: InnerStep | None = None,
         inner_rate: float | None = None,
         stale: bool | None = None,
@@ -145,8 +146,7 @@ class DAM(ConcreteMerging):
         self.alpha = usual.alpha if alpha is None else alpha
         self.box: Box = box or usual.box
         self.coefficient_stage: Stage = coefficient_stage or usual.coefficient_stage
-        self.coefficient_alpha = coefficient_alpha
-        self.detection_start = detection_start
+        self.coefficient_alpha, self.detection_start = coefficient_alpha, detection_start
         self.mask_update: MaskUpdate = mask_update or usual.mask_update
         self.ascent = usual.ascent_with(epsilon, ascent_steps, ascent_rate, self.box)
         kinds = {"masks": Masks, "safety": Safety, "box": Box, "coefficient_stage": Stage, "mask_update": MaskUpdate}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ class Emr(PerTaskModule):
     def needs(self) -> Needs:
         """What the rule has to see at once: one tensor."""
         return "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return what is stored once, θ0 + scale · τ_uni; every tensor is treated alike."""

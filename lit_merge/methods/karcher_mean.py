@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.scopes import Scope
+from lit_merge.functional.scopes import Scope, network_gram
 from lit_merge.functional.spherical import karcher_mean
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("KarcherMean",)
 
@@ -59,10 +61,24 @@ class KarcherMean(MergeModule):
     @property
     def needs(self) -> Needs:
         """What the rule has to see at once: what has a statistic of its own."""
-        return "network" if self.per == "network" else "tensor"
+        return "statistics" if self.per == "network" else "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is merged for itself: once the network has been seen."""
+        return self.per == "network"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the mean; every tensor is averaged on its own sphere."""
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the inner products over the network."""
+        return partial(
+            self._merge,
+            products=network_gram(pieces.pairs(base=self.of == "weights")) if self.per == "network" else None,
+        )
+
+    def _merge(self, bank: TaskVectors, products: Tensor | None = None) -> dict[str, Tensor]:
         merged = karcher_mean(
             bank.deltas,
             task_weights(self.weights, bank.tasks),
@@ -70,5 +86,6 @@ class KarcherMean(MergeModule):
             per=self.per,
             tolerance=self.tolerance,
             max_steps=self.max_steps,
+            products=products,
         )
         return bank.offset(merged)

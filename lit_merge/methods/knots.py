@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
@@ -10,11 +10,12 @@ from torch import Tensor
 from lit_merge.coefficients import Coefficient
 from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.knots import knots
+from lit_merge.functional.knots import align, knots
 from lit_merge.functional.scopes import share
-from lit_merge.functional.ties import ties_merge
+from lit_merge.functional.ties import TiesFacts, ties_facts, ties_merge
 from lit_merge.methods._on_matrices import OnMatrices
-from lit_merge.transforms import Needs
+from lit_merge.task_vectors import TaskVectors
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Knots",)
 
@@ -60,20 +61,48 @@ class Knots(OnMatrices):
 
     @property
     def needs(self) -> Needs:
-        """What the rule has to see at once: the aligned parts of all matrices."""
-        return "network"
+        """What the rule has to see at once: thresholds over the aligned parts of all matrices."""
+        return "statistics"
 
     def combine(self, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the merged task vector."""
+        return self._combine(deltas)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece; every reading decomposes the matrices again, as nothing is kept."""
+        facts = ties_facts(_Parts(pieces, self), self.density)
+        return lambda bank: bank.offset(self._combine(bank.deltas, facts), self.scale)
+
+    def _combine(self, deltas: Mapping[str, Tensor], facts: TiesFacts | None = None) -> dict[str, Tensor]:
+        def rule(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return ties_merge(parts, self.density, self.reduce, facts=facts)
+
         return knots(
             deltas,
             1.0,
             density=self.density,
             weighted=self.weighted,
-            rule=self._sum if self.reduce == "sum" else None,
+            rule=rule,
             policy=self.policy,
             tolerance=self.tolerance,
         )
 
-    def _sum(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return ties_merge(parts, self.density, "sum")
+
+class _Parts:
+    """Aligned parts of the matrices of pieces, ``(T, r, n)`` each, every time they are read."""
+
+    def __init__(self, pieces: Pieces, rule: Knots) -> None:
+        self._pieces, self._rule = pieces, rule
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        rule = self._rule
+        for piece in self._pieces:
+            matrices = {name: delta.flatten(2) for name, delta in piece.items() if rule.policy.covers(name, delta)}
+            del piece
+            parts = {
+                name: align(matrix, weighted=rule.weighted, tolerance=rule.tolerance).parts
+                for name, matrix in matrices.items()
+            }
+            del matrices
+            yield {name: value for name, value in parts.items() if value.numel()}
+            del parts

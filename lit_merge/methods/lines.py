@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.lines import lines, lines_intercept
+from lit_merge.functional.lines import intercept_of, lines, lines_intercept
 from lit_merge.functional.scopes import share
-from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_vector
+from lit_merge.functional.ties import TiesFacts
+from lit_merge.methods._multi_task import MultiTask, check_multi_task, multi_task_facts, multi_task_vector
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Lines",)
 
@@ -58,10 +61,36 @@ class Lines(MergeModule):
     @property
     def needs(self) -> Needs:
         """What has to be seen at once: of a sum one tensor, as α is then 1/T."""
-        return "tensor" if self.multi_task == "sum" else "network"
+        return "tensor" if self.multi_task == "sum" else "statistics"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is merged for itself; a length is summed tensor by tensor."""
+        return self.multi_task == "sum" or self.alpha is not None
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + the scaled τ_MTL; tensors outside of the blocks have the factor ``outside``."""
-        vector = multi_task_vector(bank.deltas, self.multi_task, self.density)
-        alpha = lines_intercept(bank.deltas, vector) if self.alpha is None else self.alpha
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the thresholds and the α of the network if TIES comes before."""
+        facts = multi_task_facts(pieces, self.multi_task, self.density)
+        alpha = self.alpha
+        if alpha is None and facts is not None:
+            alpha = intercept_of(_with_vector(pieces, self.density, facts))
+        return partial(self._merge, facts=facts, alpha=alpha)
+
+    def _merge(
+        self, bank: TaskVectors, facts: TiesFacts | None = None, alpha: float | None = None
+    ) -> dict[str, Tensor]:
+        vector = multi_task_vector(bank.deltas, self.multi_task, self.density, facts)
+        alpha = self.alpha if alpha is None else alpha
+        alpha = lines_intercept(bank.deltas, vector) if alpha is None else alpha
         return bank.offset(lines(vector, alpha, self.beta, outside=self.outside, network=bank.network))
+
+
+def _with_vector(
+    pieces: Pieces, density: float, facts: TiesFacts
+) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    for piece in pieces:
+        yield piece, multi_task_vector(piece, "ties", density, facts)
+        del piece

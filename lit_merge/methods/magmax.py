@@ -40,6 +40,10 @@ class MagMax(MergeModule):
         """What the rule has to see at once: one tensor."""
         return "tensor"
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · the largest changes; every tensor is treated alike."""
         return bank.offset(magmax(bank.deltas), self.scale)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lit_merge.functional.model_stock import AngleMean, model_stock
-from lit_merge.functional.scopes import Scope
+from lit_merge.functional.scopes import Scope, network_gram
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("ModelStock",)
 
@@ -47,8 +49,21 @@ class ModelStock(MergeModule):
     @property
     def needs(self) -> Needs:
         """What the rule has to see at once: what has a statistic of its own."""
-        return "network" if self.per == "network" else "tensor"
+        return "statistics" if self.per == "network" else "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is merged for itself: once the network has been seen."""
+        return self.per == "network"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the shrunken average; every tensor has its own t."""
-        return bank.offset(model_stock(bank.deltas, per=self.per, average=self.average, clamp=self.clamp))
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the inner products over the network."""
+        return partial(self._merge, products=network_gram(pieces.pairs(base=False)) if self.per == "network" else None)
+
+    def _merge(self, bank: TaskVectors, products: Tensor | None = None) -> dict[str, Tensor]:
+        return bank.offset(
+            model_stock(bank.deltas, per=self.per, average=self.average, clamp=self.clamp, products=products)
+        )

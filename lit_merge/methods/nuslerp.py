@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.scopes import Scope, share
+from lit_merge.functional.scopes import Scope, network_gram, share
 from lit_merge.functional.spherical import Lengths, slerp
 from lit_merge.functional.weighted_average import normalized
 from lit_merge.methods._task_weights import TaskWeights, task_weights
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("NuSlerp",)
 
@@ -54,11 +56,24 @@ class NuSlerp(MergeModule):
     @property
     def needs(self) -> Needs:
         """What the rule has to see at once: what has a statistic of its own."""
-        return "network" if self.per == "network" else "tensor"
+        return "statistics" if self.per == "network" else "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is merged for itself: once the network has been seen."""
+        return self.per == "network"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + the point on the arc; every tensor is interpolated."""
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the inner products over the network."""
+        return partial(self._merge, products=network_gram(pieces.pairs(base=False)) if self.per == "network" else None)
+
+    def _merge(self, bank: TaskVectors, products: Tensor | None = None) -> dict[str, Tensor]:
         if len(bank.tasks) != 2:
             raise MergeError(f"NuSlerp: expected two experts, found {len(bank.tasks)}; KarcherMean takes any number")
         t = normalized(task_weights(self.weights, bank.tasks))[1]
-        return bank.offset(slerp(bank.deltas, t, per=self.per, lengths=self.lengths, threshold=self.threshold))
+        return bank.offset(
+            slerp(bank.deltas, t, per=self.per, lengths=self.lengths, threshold=self.threshold, products=products)
+        )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.pcb import PcbFormula, pcb_merge
+from lit_merge.functional.pcb import PcbFacts, PcbFormula, pcb_facts, pcb_merge
 from lit_merge.functional.scopes import share
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Pcb",)
 
@@ -49,8 +51,17 @@ class Pcb(MergeModule):
     @property
     def needs(self) -> Needs:
         """What the rule has to see at once: what has a statistic of its own."""
-        return "network" if self.per == "network" else "tensor"
+        return "statistics" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · PCB; every tensor takes part in one competition."""
-        return bank.offset(pcb_merge(bank.deltas, self.density, per=self.per, formula=self.formula), self.scale)
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, in the competition of the network if it is that of all tensors."""
+        facts = pcb_facts(pieces, self.density, self.formula) if self.per == "network" else None
+        return partial(self._merge, facts=facts)
+
+    def _merge(self, bank: TaskVectors, facts: PcbFacts | None = None) -> dict[str, Tensor]:
+        merged = pcb_merge(bank.deltas, self.density, per=self.per, formula=self.formula, facts=facts)
+        return bank.offset(merged, self.scale)

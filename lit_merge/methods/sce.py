@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lit_merge.coefficients import Coefficient
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.sce import sce_merge
+from lit_merge.functional.sce import SceFacts, sce_facts, sce_merge
 from lit_merge.functional.scopes import share
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Sce",)
 
@@ -48,9 +50,16 @@ class Sce(MergeModule):
     @property
     def needs(self) -> Needs:
         """What the rule has to see at once: what has a statistic of its own."""
-        return "network" if self.per == "network" else "tensor"
+        return "statistics" if self.per == "network" else "tensor"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ · SCE; every tensor is treated alike."""
-        merged = sce_merge(bank.deltas, self.density, per=self.per, renormalize=self.renormalize)
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with selection and coefficients of the network if these are asked for."""
+        return partial(self._merge, facts=sce_facts(pieces, self.density) if self.per == "network" else None)
+
+    def _merge(self, bank: TaskVectors, facts: SceFacts | None = None) -> dict[str, Tensor]:
+        merged = sce_merge(bank.deltas, self.density, per=self.per, renormalize=self.renormalize, facts=facts)
         return bank.offset(merged, self.scale)

@@ -30,6 +30,10 @@ class SimpleAverage(MergeModule):
         """What the rule has to see at once: one tensor."""
         return "tensor"
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the mean of the experts; every tensor is averaged."""
         return bank.contract(1 / len(bank.tasks))

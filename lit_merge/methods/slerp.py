@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.scopes import Scope, share
+from lit_merge.functional.scopes import Scope, network_gram, share
 from lit_merge.functional.spherical import Lengths, slerp
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
-from lit_merge.transforms import Needs
+from lit_merge.transforms import Needs, Pieces
 
 __all__ = ("Slerp",)
 
@@ -52,13 +54,30 @@ class Slerp(MergeModule):
     @property
     def needs(self) -> Needs:
         """What the rule has to see at once: what has a statistic of its own."""
-        return "network" if self.per == "network" else "tensor"
+        return "statistics" if self.per == "network" else "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is merged for itself: once the network has been seen."""
+        return self.per == "network"
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return the point on the arc; every tensor is interpolated."""
+        return self._merge(bank)
+
+    def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
+        """Return what merges piece by piece, with the inner products over the network."""
+        return partial(self._merge, products=network_gram(pieces.pairs(base=True)) if self.per == "network" else None)
+
+    def _merge(self, bank: TaskVectors, products: Tensor | None = None) -> dict[str, Tensor]:
         if len(bank.tasks) != 2:
             raise MergeError(f"Slerp: expected two experts, found {len(bank.tasks)}; KarcherMean takes any number")
         merged = slerp(
-            bank.deltas, self.t, base=bank.base, per=self.per, lengths=self.lengths, threshold=self.threshold
+            bank.deltas,
+            self.t,
+            base=bank.base,
+            per=self.per,
+            lengths=self.lengths,
+            threshold=self.threshold,
+            products=products,
         )
         return bank.offset(merged)

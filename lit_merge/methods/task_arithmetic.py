@@ -39,6 +39,10 @@ class TaskArithmetic(MergeModule):
         """What the rule has to see at once: one tensor."""
         return "tensor"
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + λ Σ τ_t; every tensor is summed."""
         return bank.contract(bank.columns(self.scale))

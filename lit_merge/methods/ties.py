@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -68,6 +68,10 @@ class Ties(MergeModule):
     def needs(self) -> Needs:
         """What has to be seen at once: thresholds, and the majority of all signs."""
         return "statistics"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
 
     def streamed(self, pieces: Pieces) -> Callable[[TaskVectors], dict[str, Tensor]]:
         """Return what merges piece by piece, with the thresholds of the network."""

@@ -52,6 +52,10 @@ class WeightedAverage(MergeModule):
         """What the rule has to see at once: one tensor."""
         return "tensor"
 
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is merged for itself."""
+        return True
+
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 + Σ w_t τ_t; every tensor has the same weights."""
         weights = task_weights(self.weights, bank.tasks)

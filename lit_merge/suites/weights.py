@@ -51,8 +51,13 @@ class WeightsSuite(Suite):
     @property
     def folder(self) -> Path:
         """Folder of the base, with its config and tokenizer."""
-        path = self._base.path()
-        return path if path.is_dir() else path.parent
+        return self.folders[0]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Folders of base and experts."""
+        paths = [source.path() for source in (self._base, *self._experts.values())]
+        return [path if path.is_dir() else path.parent for path in paths]
 
     def base(self) -> Mapping[str, Tensor]:
         """Open the base; tensors are read when they are asked for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from torch import Tensor
@@ -20,6 +20,7 @@ DeltaMap = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class Pieces(Protocol):
     """Task vectors of a network, ``{name: (T, *shape)}`` for some tensors at a time, in sorted order of names.
 
+    A large tensor of which rule and transforms take the entries one by one (``entrywise``) comes in parts ``(T, n)``.
     Every iteration reads the network again; nothing of it is kept.
     """
 
@@ -30,6 +31,10 @@ class Pieces(Protocol):
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         """Read the network once."""
+        ...
+
+    def pairs(self, *, base: bool) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]:
+        """Read the network once, and beside the task vectors the weights of the base, ``(*shape)`` each, if asked."""
         ...
 
 
@@ -55,6 +60,17 @@ class Transform(ABC):
             pieces: The whole network, for statistics of it.
         """
         return self.__call__
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether an entry is made of the same entry of all tasks, and of statistics, and of nothing else.
+
+        A tensor that is too large is then read in parts, which are flat: ``(T, n)`` instead of ``(T, *shape)``.
+
+        Args:
+            name: Name of the tensor.
+            shape: Its shape.
+        """
+        return False
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from lit_merge.functional.breadcrumbs import breadcrumbs, kept_share
-from lit_merge.transforms.base import Needs, Transform
+from lit_merge.functional.breadcrumbs import breadcrumbs, breadcrumbs_bounds, kept_share
+from lit_merge.transforms.base import DeltaMap, Needs, Pieces, Transform
 
 __all__ = ("Breadcrumbs",)
 
@@ -39,8 +39,19 @@ class Breadcrumbs(Transform):
     @property
     def needs(self) -> Needs:
         """What has to be seen at once: what is ranked together."""
-        return "tensor" if self.per == "tensor" else "network"
+        return "statistics" if self.per == "network" else "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say whether every entry is ranked among all of the network."""
+        return self.per == "network"
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return sparse task vectors, ``(T, *shape)`` each."""
         return breadcrumbs(deltas, self.bottom, self.top, per=self.per)
+
+    def streamed(self, pieces: Pieces) -> DeltaMap:
+        """Return what transforms piece by piece, with the ranks of the whole network if these count."""
+        if self.per != "network":
+            return self.__call__
+        bounds = breadcrumbs_bounds(pieces, self.bottom, self.top)
+        return lambda deltas: breadcrumbs(deltas, self.bottom, self.top, per="network", bounds=bounds)

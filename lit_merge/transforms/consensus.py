@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Consensus(Transform):
     def needs(self) -> Needs:
         """What has to be seen at once: one tensor."""
         return "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is transformed for itself."""
+        return True
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return masked task vectors, ``(T, *shape)`` each."""

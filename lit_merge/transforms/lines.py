@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -41,6 +41,10 @@ class Lines(Transform):
     def needs(self) -> Needs:
         """What has to be seen at once: one tensor, and the names of all."""
         return "tensor"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is transformed for itself."""
+        return True
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return scaled task vectors, ``(T, *shape)`` each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -38,6 +38,10 @@ class Ties(Transform):
     def needs(self) -> Needs:
         """What has to be seen at once: thresholds of the network."""
         return "statistics"
+
+    def entrywise(self, name: str, shape: Sequence[int]) -> bool:
+        """Say that every entry is transformed for itself."""
+        return True
 
     def __call__(self, deltas: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return sparse task vectors, ``(T, *shape)`` each."""
