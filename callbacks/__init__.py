@@ -7,6 +7,7 @@ from lit_merge.callbacks.export_merge import ExportMerge
 from lit_merge.callbacks.log_config import LogConfig
 from lit_merge.callbacks.report import Report
 from lit_merge.callbacks.resume_point import ResumePoint
+from lit_merge.callbacks.sequential_merging import SequentialMerging
 
 __all__ = (
     "BackdoorMonitor",
@@ -16,4 +17,5 @@ __all__ = (
     "LogConfig",
     "Report",
     "ResumePoint",
+    "SequentialMerging",
 )

@@ -56,7 +56,7 @@ class BackdoorMonitor(L.Callback):
     Beside the merged network, the same images with the same trigger are shown to floors: the base, the clean merge
     (the method's own rule, with the coefficients or masks it has at that moment, on clean experts), and for aimed
     tasks the poisoned expert alone (individual ASR) and its clean twin. An ASR says something only above these. There
-    is no clean merge where running statistics are recalibrated.
+    is no clean merge where running statistics are recalibrated, and none of a stream of experts.
 
     After ``test``, and after ``validate`` outside of a fit, everything goes into ``report.json`` → ``extra`` →
     ``backdoor``, the terminal and the loggers. It takes ten encoder passes for each image instead of three.
@@ -145,7 +145,7 @@ class BackdoorMonitor(L.Callback):
         if floors:
             networks += ["base"]
             self._states["base", ""] = module.bank.base
-            if module.buffer_policy != "recalibrate":
+            if module.buffer_policy != "recalibrate" and module.progress is None:
                 networks += ["clean_merge"]
                 self._states["clean_merge", ""] = _clean_merge(module, suite)
             for name in {watch.expert: None for watch in self._watches if watch.expert is not None}:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch import Tensor
@@ -30,7 +33,9 @@ class CoefficientMonitor(L.Callback):
         """Log the mean coefficient per task, and now and then the map."""
         if not isinstance(pl_module, MergeModule) or (table := pl_module.coefficient_table()) is None:
             return
-        means = zip(pl_module.suite.tasks, table.mean(1).tolist(), strict=True)
+        if pl_module.adopting:
+            return
+        means = zip(pl_module.bank.tasks, table.mean(1).tolist(), strict=True)
         pl_module.log_dict({f"coefficients/{task}": value for task, value in means}, sync_dist=False)
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._draw(trainer, pl_module, table)
@@ -44,7 +49,7 @@ class CoefficientMonitor(L.Callback):
         folder = run_dir(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        tasks, names = pl_module.suite.tasks, pl_module.bank.names
+        tasks, names = pl_module.bank.tasks, pl_module.bank.names
         rows = [[name, *values] for name, values in zip(names, table.T.tolist(), strict=True)]
         save_rows(folder / "coefficients.csv", ["tensor", *tasks], rows)
         draw_heat_map(folder / "coefficients.png", table.cpu(), tasks, names)
@@ -60,18 +65,32 @@ def draw_heat_map(path: Path, table: Tensor, tasks: tuple[str, ...], names: tupl
         tasks: Names of the rows.
         names: Names of the columns; about forty of them are written.
     """
+    size = max(6.0, 0.12 * len(names) + 2), 0.35 * len(tasks) + 2.5
+    bound = max(float(table.abs().max()), 1e-6)
+    with canvas(path, size) as axes:
+        image = axes.imshow(
+            table.numpy(), aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest"
+        )
+        axes.set_yticks(range(len(tasks)), tasks)
+        step = max(1, -(-len(names) // 40))
+        axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6)
+        axes.figure.colorbar(image, ax=axes, label="coefficient")
+
+
+@contextmanager
+def canvas(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Give axes to draw on, and write the picture when the block ends.
+
+    Args:
+        path: PNG file; its folder is made if missing.
+        size: Width and height in inches.
+    """
     require("matplotlib", "demo")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(6.0, 0.12 * len(names) + 2), 0.35 * len(tasks) + 2.5), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no global state, no display
-    axes = figure.add_subplot()
-    bound = max(float(table.abs().max()), 1e-6)
-    image = axes.imshow(table.numpy(), aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound, interpolation="nearest")
-    axes.set_yticks(range(len(tasks)), tasks)
-    step = max(1, -(-len(names) // 40))
-    axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6)
-    figure.colorbar(image, ax=axes, label="coefficient")
+    yield figure.add_subplot()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -49,6 +49,8 @@ class CalibratedModule(MergeModule):
         MergeError: A value is out of range or unknown; or, later, a pattern fits no tensor.
     """
 
+    no_stream = "it takes statistics of every expert, and has none of a merge"
+
     def __init__(
         self,
         images: int = 256,

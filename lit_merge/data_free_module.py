@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, get_args
 
@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 
+from lit_merge.data.steps import Steps
 from lit_merge.errors import MergeError
 from lit_merge.functional.layer_problem import (
     LayerChoice,
@@ -25,30 +26,6 @@ from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
 
 __all__ = ("DataFreeModule",)
-
-
-class _Steps:
-    """Numbers of the steps of an epoch; the Trainer, which counts them itself, may resume anywhere.
-
-    Args:
-        count: Steps of an epoch.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
-
-    def state_dict(self) -> dict[str, int]:
-        """Nothing: no step depends on its number."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Nothing."""
 
 
 class DataFreeModule(MergeModule):
@@ -178,13 +155,18 @@ class DataFreeModule(MergeModule):
     def _data(self) -> Any:  # noqa: ANN401 - any data module, or none
         return getattr(self.trainer, "datamodule", None)
 
-    def train_dataloader(self) -> _Steps:
+    def train_dataloader(self) -> Steps:
         """Return the numbers of the steps: the Trainer wants something to go through."""
-        return _Steps(getattr(self._data(), "steps_per_epoch", None) or self.steps)
+        return Steps(getattr(self._data(), "steps_per_epoch", None) or self.steps)
 
     @torch.no_grad()
     def on_train_start(self) -> None:
         """State the problems on the device of the fit; what they precompute, they do at the first step."""
+        self.on_stage_start()
+
+    @torch.no_grad()
+    def on_stage_start(self) -> None:
+        """State the problems anew for the experts in the bank."""
         deltas = self.bank.deltas
         self._problems = [
             [(part, self.problem(batch)) for part, batch in layer_batches(deltas, names)]

@@ -48,6 +48,14 @@ class EvaluationSteps(L.LightningModule):
     def outputs(self, state: Mapping[str, Tensor], task: str, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of a complete state dict."""
 
+    def has_expert(self, task: str) -> bool:
+        """Whether there is an expert to score beside the merge."""
+        return self.suite.has_expert(task)
+
+    def with_references(self, results: Results) -> Results:
+        """Add what is known of the experts besides; outside of a stream nothing is."""
+        return results
+
     def prepare_evaluation(self) -> None:
         """Do what has to be done once before the merge is scored outside of a fit."""
 
@@ -66,6 +74,8 @@ class EvaluationSteps(L.LightningModule):
         # dropped, not reused: tensors made in inference mode cannot take part in training
         self._merged, self._expert = None, ("", {})
         self.results = self.scores.compute(references=not self.adapting)
+        if not self.adapting:
+            self.results = self.with_references(self.results)
         for key, value in self.results["mean"].items():
             self.log(f"{prefix}/{key}", value, prog_bar=key == "accuracy", sync_dist=True)
         unseen = self.results.get("unseen", {"tasks": {}, "mean": {}})
@@ -79,7 +89,7 @@ class EvaluationSteps(L.LightningModule):
         self.scores.update("merged", task, self.outputs(self._merged, task, batch.images)[1], batch.labels)
         if self.adapting:
             return
-        if self.suite.has_expert(task):
+        if self.has_expert(task):
             if self._expert[0] != task:
                 self._expert = (task, self.expert_state(task))
             self.scores.update("expert", task, self.outputs(self._expert[1], task, batch.images)[1], batch.labels)

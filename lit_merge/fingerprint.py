@@ -18,7 +18,7 @@ def fingerprint(bank: TaskVectors, heads: Mapping[str, str], transforms: Sequenc
     return {
         "tasks": list(bank.tasks),
         "base": bank.digests[""],
-        "experts": {task: bank.digests[task] for task in bank.tasks},
+        "experts": {task: bank.digests[task] for task in bank.tasks if task in bank.digests},
         "heads": dict(heads),
         "names": hashlib.sha256("\n".join(bank.names).encode()).hexdigest(),
         "transforms": [repr(transform) for transform in transforms],

@@ -83,7 +83,7 @@ class MaskedMergeModule(MergeModule):
     def configure_model(self) -> None:
         """Build as usual, and leave the wide parameters out of the distributed wrapper."""
         super().configure_model()
-        left_out = [*(name for name, _ in self.named_buffers()), *self.wide]
+        left_out = [*(name for name, _ in self.named_buffers(remove_duplicate=False)), *self.wide]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, left_out)
 
     # Masks -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_merge.adaptation import AdaptationSteps
 from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.lazy import Selected
@@ -24,7 +23,8 @@ from lit_merge.metrics import TaskScores
 from lit_merge.objectives import Entropy, Objective
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton, freeze_to_buffers
-from lit_merge.stages import StageSteps
+from lit_merge.stage_bank import StageBank
+from lit_merge.stream_steps import StreamSteps
 from lit_merge.suites.base import Suite
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.teachers import TeacherCache
@@ -35,7 +35,7 @@ __all__ = ("MergeModule",)
 Batches = dict[str, UnlabelledBatch]
 
 
-class MergeModule(AdaptationSteps, StageSteps, ABC):
+class MergeModule(StreamSteps, ABC):
     """One network out of many: frozen task vectors, a rule that combines them, an objective that adapts the rule.
 
     A method says how it merges (:meth:`merge`) and, if it learns, how its parameters are made
@@ -164,9 +164,13 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
         self.skeleton = Skeleton(self.suite.network())
         base = self.suite.base()
         check_keys("base", base, self.skeleton.keys, of="network", advice="give the state dict of this very network")
-        bank = self.read_bank(Selected(base, self.skeleton.keys))  # columns go with depth, whatever a file's order is
-        for transform in self.transforms:
-            bank = bank.map(transform)
+        base = Selected(base, self.skeleton.keys)  # columns go with depth, whatever a file's order is
+        if self.progress is None:
+            bank = self.read_bank(base)
+            for transform in self.transforms:
+                bank = bank.map(transform)
+        else:  # in a stream the experts are read one by one
+            bank = self.accumulated = StageBank.of_base(base, buffers=self.skeleton.buffers_of, tied=self.skeleton.tied)
         self.head_digests = {task: state_digest(self.suite.head(task).state_dict()) for task in self.suite.tasks}
         self.heads = nn.ModuleList(freeze_to_buffers(deepcopy(self.suite.head(task))) for task in self.suite.scored)
         self.scores = TaskScores(self.suite.tasks, self.suite.unseen)
@@ -175,7 +179,9 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
             self.perturbations = UniversalPerturbations.of_suite(self.suite, ascent)
         self.make_parameters(bank)
         # the bank is the same on all ranks (checked below); broadcasting it at every step would cost gigabytes
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, [n for n, _ in self.named_buffers()])
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, [n for n, _ in self.named_buffers(remove_duplicate=False)]
+        )
 
     def read_bank(self, base: Mapping[str, Tensor]) -> TaskVectors:
         """Read what is merged, the experts of the suite, as task vectors.
@@ -193,6 +199,8 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union
         """Make the optimizer and, if asked for, the scheduler."""
+        if not self.learnable:
+            return None  # in a stream, where such a method is fitted without a step
         optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
         if self.scheduler_factory is None:
             return optimizer
@@ -255,10 +263,13 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
     def merged_state(self) -> dict[str, Tensor]:
         """State dict of the merged network, with the keys of the base: what :meth:`export` writes."""
         self.configure_model()  # a merge that went piece by piece has read no network
-        return self.complete(self.merge(self.bank))
+        settled = self.settled_state()
+        return self.complete(self.merge(self.bank)) if settled is None else settled
 
     def expert_state(self, task: str) -> dict[str, Tensor]:
         """State dict of one expert as it was before the transforms, on this module's device."""
+        if self.progress is not None:
+            return super().expert_state(task)
         if not self.transforms and task in self.bank.tasks:
             return self.bank.expert(task)
         if self._expert[0] != task:  # transforms changed the bank, or it has no unseen task, so the suite is asked
@@ -324,13 +335,26 @@ class MergeModule(AdaptationSteps, StageSteps, ABC):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return hashes of everything that the parameters belong to."""
-        return fingerprint(self.bank, self.head_digests, self.transforms)
+        found = fingerprint(self.bank, self.head_digests, self.transforms)
+        if self.progress is None:
+            return found
+        history = self.progress.history
+        return found | {"tasks": list(history), "experts": {task: self.progress.digests[task] for task in history}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which base, experts and transforms the parameters were learned with."""
         checkpoint["lit_merge"] = self.fingerprint()
+        self.save_stream(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse parameters that were learned with other networks."""
+        if "lit_merge_stages" in checkpoint:
+            self.enter_stream()
+            self.configure_model()
+            self.load_stream(checkpoint, self.fingerprint())
+            return
         self.configure_model()
+        if self.progress is not None:
+            raise MergeError("checkpoint: it is not one of a stream of experts; leave SequentialMerging out, or start "
+                             "without --ckpt_path")  # fmt: skip
         check_fingerprint(checkpoint.get("lit_merge", {}), self.fingerprint())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lit_merge.checkpoints.atomic import atomic_path
 
-__all__ = ("log_file", "log_image", "log_table", "run_dir", "save_rows")
+__all__ = ("log_file", "log_image", "log_staged", "log_table", "run_dir", "save_rows")
 
 Cell = str | float | int
 
@@ -58,6 +58,25 @@ def log_image(trainer: L.Trainer, key: str, path: Path) -> None:
             from matplotlib.image import imread
 
             logger.experiment.add_image(key, imread(path)[..., :3], trainer.global_step, dataformats="HWC")
+
+
+def log_staged(trainer: L.Trainer, prefix: str, stage: int, values: Mapping[str, float]) -> None:
+    """Send numbers to every logger with the number of a stage as their x-axis.
+
+    Args:
+        trainer: Has the loggers.
+        prefix: Of the names; ``prefix/stage`` is logged beside them.
+        stage: The number.
+        values: Numbers by name.
+    """
+    metrics = {f"{prefix}/{key}": value for key, value in values.items()}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(metrics, stage)
+            continue
+        if isinstance(logger, WandbLogger) and _is_live(logger):
+            logger.experiment.define_metric(f"{prefix}/*", step_metric=f"{prefix}/stage")
+        logger.log_metrics({**metrics, f"{prefix}/stage": float(stage)}, trainer.global_step)
 
 
 def log_file(trainer: L.Trainer, name: str, kind: str, folder: Path) -> None:

@@ -27,6 +27,12 @@ class TeacherCache:
         self.budget = budget
         self._kept: dict[str, tuple[Tensor, Tensor, Tensor] | None] = {}
 
+    def clear(self) -> None:
+        """Forget everything; the whole budget is free again."""
+        for kept in self._kept.values():
+            self.budget += 0 if kept is None else sum(x.numel() * x.element_size() for x in kept[1:])
+        self._kept = {}
+
     def outputs(
         self, task: str, batch: UnlabelledBatch, size: Callable[[], int], compute: Callable[[Tensor], Outputs]
     ) -> Outputs:

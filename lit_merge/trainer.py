@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lit_merge.checkpoints.export import write_card
 from lit_merge.checkpoints.model_card import model_card
 from lit_merge.checkpoints.reading import read_checkpoint
+from lit_merge.data.steps import Steps
 from lit_merge.encoders.json_files import read_json
 from lit_merge.errors import MergeError
 from lit_merge.exporting import ExportFormat, export_merge
@@ -34,7 +36,10 @@ class MergeTrainer(L.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Adapt a merge at test time; a method that learns nothing says so and is left as it is.
+        """Adapt a merge at test time, or merge a stream of experts.
+
+        A method that learns nothing says so and is left as it is, unless the experts come one by one, see
+        :class:`~lit_merge.callbacks.SequentialMerging`.
 
         Args:
             model: The merge.
@@ -45,7 +50,8 @@ class MergeTrainer(L.Trainer):
                 none.
             weights_only: See ``lightning.Trainer.fit``.
         """
-        if isinstance(model, MergeModule) and not model.learnable:
+        still = isinstance(model, MergeModule) and not model.learnable
+        if still and not self.has_stream:
             rank_zero_info(f"{type(model).__name__} has nothing to learn: there is no fit, only evaluation")
             return
         # lightning 2.6 takes a run that is limited by max_steps for one in the middle of an epoch whenever it resumes,
@@ -54,7 +60,18 @@ class MergeTrainer(L.Trainer):
         if ckpt_path == "last":
             last = run_dir(self) / "last.ckpt"
             ckpt_path = last if last.is_file() else None
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        if still and train_dataloaders is None and datamodule is None:
+            train_dataloaders = Steps(1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    @property
+    def has_stream(self) -> bool:
+        """Whether the callback :class:`~lit_merge.callbacks.SequentialMerging` is there."""
+        from lit_merge.callbacks.sequential_merging import SequentialMerging
+
+        return any(isinstance(callback, SequentialMerging) for callback in self.callbacks)  # type: ignore[attr-defined]
 
     def merge(
         self,
@@ -82,14 +99,18 @@ class MergeTrainer(L.Trainer):
         """
         if model.learnable:
             raise MergeError(f"{type(model).__name__} learns its merge; use `fit`, which exports it, or `export`")
+        if self.has_stream:
+            self.fit(model, datamodule=datamodule)
         if datamodule is not None:
             rank_zero_info(
                 "merging in memory, beside the base and the experts that are scored; --data null only merges"
             )
             self.test(model, datamodule=datamodule, verbose=False)
             return self.export(model, datamodule, output=output, format=format)
-        if format != "safetensors":
-            reason: str | None = f"format: {format} is written from a network in memory"
+        if self.has_stream:
+            reason: str | None = "the experts come one by one"
+        elif format != "safetensors":
+            reason = f"format: {format} is written from a network in memory"
         elif type(model).read_bank is not MergeModule.read_bank:
             reason = f"{type(model).__name__} reads its own task vectors"
         else:
@@ -130,10 +151,11 @@ class MergeTrainer(L.Trainer):
         Raises:
             MergeError: The method learns and there is no checkpoint.
         """
-        model.configure_model()
         if ckpt_path is not None:
             _load(model, Path(ckpt_path))
-        elif model.learnable and self.global_step == 0:
+        model.configure_model()
+        merged = model.progress is not None and model.progress.absorbed > 0
+        if ckpt_path is None and model.learnable and self.global_step == 0 and not merged:
             raise MergeError(f"{type(model).__name__} has not learned anything yet; give --ckpt_path of its fit")
         if model.needs_images:
             if datamodule is not None:
@@ -148,5 +170,6 @@ class MergeTrainer(L.Trainer):
 
 def _load(model: MergeModule, path: Path) -> None:
     checkpoint = read_checkpoint(path)
+    model.stage_folder = path.parent
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

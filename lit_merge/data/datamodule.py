@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -40,6 +40,10 @@ class TaskDataModule(L.LightningDataModule):
         adapt_fraction: Share of the test images that ``split`` adapts on, in (0, 1).
         num_workers: Worker processes per loader.
         seed: Seed of the order and of the split; by default that of ``seed_everything``.
+
+    Attributes:
+        tasks_at: In a stream of experts, the tasks whose images are adapted on in an epoch, by its number;
+            :class:`~lit_merge.callbacks.SequentialMerging` sets it.
 
     Raises:
         MergeError: A value is out of range, a task is unknown, or a dataset is empty.
@@ -78,6 +82,7 @@ class TaskDataModule(L.LightningDataModule):
         self.adapt_fraction = adapt_fraction
         self.num_workers = num_workers
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+        self.tasks_at: Callable[[int], Sequence[str]] | None = None
         self._data: dict[str, LabelledDataset] = {}
         self._parts: dict[str, tuple[list[int], list[int]]] = {}
 
@@ -157,47 +162,55 @@ class TaskDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Unlabelled batches: ``{task: UnlabelledBatch}``, every task in every batch."""
-        positions = self.positions("adapt")
+        # workers start before Lightning says it (issue 21938); after a resume from the end of an epoch
+        # trainer.current_epoch is still that epoch
+        epoch = 0 if self.trainer is None else self.trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+        tasks = self.suite.tasks if self.tasks_at is None else self.tasks_at(epoch)
+        positions = {task: self.positions("adapt")[task] for task in tasks}
         rank, world = self._place()
         sampler = StreamSampler(
-            positions, self.batch_size, self._steps(),
+            positions, self.batch_size, self._steps(tasks),
             seed=self.seed, rank=rank, world=world, once=self.protocol == "online",
         )  # fmt: skip
-        if self.trainer is not None:
-            # workers start before Lightning says it (issue 21938); after a resume from the end of an epoch
-            # trainer.current_epoch is still that epoch
-            sampler.set_epoch(self.trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
-        return ResumableLoader(TaskMixture(self._seen()), sampler, **self._worker_options())
+        sampler.set_epoch(epoch)
+        return ResumableLoader(TaskMixture(self._seen(tasks)), sampler, **self._worker_options())
 
-    def _seen(self) -> dict[str, LabelledDataset]:
-        return {task: self._data[task] for task in self.suite.tasks}
+    def _seen(self, tasks: Sequence[str]) -> dict[str, LabelledDataset]:
+        return {task: self._data[task] for task in tasks}
 
-    def _steps(self) -> int:
-        longest = max(len(positions) for positions in self.positions("adapt").values())
+    def _steps(self, tasks: Sequence[str] | None = None) -> int:
+        longest = max(len(self._parts[task][0]) for task in tasks or self.suite.tasks)
         return self.steps_per_epoch or -(-longest // (self.batch_size * self._place()[1]))
 
     def adaptation_batches(self, count: int = 50) -> Iterator[dict[str, UnlabelledBatch]]:
         """Yield the first unlabelled batches of a one-process run, the same on all ranks."""
         sampler = StreamSampler(self.positions("adapt"), self.batch_size * self._place()[1], count, seed=self.seed)
-        mixture = TaskMixture(self._seen())
+        mixture = TaskMixture(self._seen(self.suite.tasks))
         return (mixture[draws] for draws in sampler)
 
     def val_dataloader(self) -> dict[str, DataLoader[Any]]:
         """Labelled batches of every task, one loader a task."""
-        return self._evaluation_loaders()
+        return self.evaluation_loaders()
 
     def test_dataloader(self) -> dict[str, DataLoader[Any]]:
         """Labelled batches of every task, one loader a task."""
-        return self._evaluation_loaders()
+        return self.evaluation_loaders()
 
     def predict_dataloader(self) -> dict[str, DataLoader[Any]]:
         """Labelled batches of every task, one loader a task; prediction does not look at the labels."""
-        return self._evaluation_loaders()
+        return self.evaluation_loaders()
 
-    def _evaluation_loaders(self) -> dict[str, DataLoader[Any]]:
+    def evaluation_loaders(self, tasks: Sequence[str] | None = None) -> dict[str, DataLoader[Any]]:
+        """Labelled batches, one loader a task; over all ranks every image comes once.
+
+        Args:
+            tasks: Which tasks; by default all that are scored.
+        """
         rank, world = self._place()
         loaders = {}
         for task, positions in self.positions("score").items():
+            if tasks is not None and task not in tasks:
+                continue
             data = Indexed(self._data[task], positions, f"{task} (test)", self.suite.num_classes(task))
             loaders[task] = DataLoader(
                 data,

@@ -25,6 +25,7 @@ class PerTaskModule(MergeModule):
     :meth:`task_state` gives the network of a task.
     """
 
+    no_stream = "it is a network per task"
     _modulated: str | None = None
 
     @abstractmethod

@@ -184,7 +184,7 @@ class ConcreteMerging(MaskedMergeModule):
     def on_train_start(self) -> None:
         """Check the masks, and say if the second stage will not be reached."""
         super().on_train_start()
-        total = self.trainer.estimated_stepping_batches
+        total = round(self.stage_steps)
         if self.learned and total <= self.mask_steps:
             rank_zero_warn(
                 f"{type(self).__name__}: all {total} steps belong to the mask (mask_steps: {self.mask_steps}), so the "
@@ -197,7 +197,7 @@ class ConcreteMerging(MaskedMergeModule):
         Returns:
             The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
         """
-        done, seen = self.trainer.global_step, Seen()
+        done, seen = self.stage_step, Seen()
         learning = int(self.learned and done >= self.mask_steps)  # the mask, then the coefficients
         if learning:
             mask = self.settled_mask().detach()

@@ -213,7 +213,7 @@ class DAM(ConcreteMerging):
         Returns:
             The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
         """
-        done, seen = self.trainer.global_step, Seen()
+        done, seen = self.stage_step, Seen()
         if self.learned and done >= self.mask_steps:
             loss = self.coefficient_step(batch, seen)
         else:

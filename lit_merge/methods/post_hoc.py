@@ -93,6 +93,8 @@ class AdversarialMasking(MaskedMergeModule):
 
     fooling: Tensor
 
+    no_stream = "it defends one merged network; export the stream, and give it as merged"
+
     def __init__(
         self,
         merged: dict[str, Tensor] | str | Path | None = None,
