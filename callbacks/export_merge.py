@@ -31,6 +31,16 @@ class ExportMerge(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export; with W&B also as an artifact."""
+        self._export(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Export if that is all that is missing: the run was killed after its last checkpoint."""
+        folder = self.folder or run_dir(trainer) / "export"
+        there = (folder / "README.md").is_file()  # the card comes last
+        if self._written is None and not trainer.strategy.broadcast(there):
+            self._export(trainer, pl_module)
+
+    def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = self.folder or run_dir(trainer) / "export"
         if not isinstance(pl_module, MergeModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -237,11 +237,15 @@ class SequentialMerging(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """End a stage where it is over."""
+        _count_passed_over(trainer)
         self._catch_up(trainer, pl_module, (trainer.current_epoch + 1) // self._epochs)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the last stage if a checkpoint was written just before its end."""
+        """Show matrix and pictures; Lightning comes here also when a resumed run has nothing left to train."""
+        assert isinstance(pl_module, MergeModule)
         self._catch_up(trainer, pl_module, trainer.fit_loop.epoch_progress.current.processed // self._epochs)
+        if not trainer.fast_dev_run and (folder := run_dir(trainer)) and trainer.is_global_zero:  # type: ignore[attr-defined]
+            publish(trainer, folder, summary(pl_module, self.data))
 
     def _go_on(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         stage = trainer.current_epoch // self._epochs
@@ -301,12 +305,6 @@ class SequentialMerging(L.Callback):
 
     # Telling -----------------------------------------------------------------------------------------------------
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show matrix and pictures."""
-        assert isinstance(pl_module, MergeModule)
-        if not trainer.fast_dev_run and (folder := run_dir(trainer)) and trainer.is_global_zero:  # type: ignore[attr-defined]
-            publish(trainer, folder, summary(pl_module, self.data))
-
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the stream to the report."""
         self._report(trainer, pl_module)
@@ -345,6 +343,17 @@ class _AfterCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             clean_stages(Path(folder), progress.absorbed, self._stream.keep)
         self._stream._look(trainer, pl_module)
+
+
+def _count_passed_over(trainer: L.Trainer) -> None:
+    """Count a batch that was passed over as started and completed.
+
+    Lightning counts it as ready and processed only, and from then on takes no checkpoint in the middle of an epoch for
+    what it is: a resumed epoch would have a step too many.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for counts in (progress.total, progress.current):
+        counts.started, counts.completed = counts.ready, counts.processed
 
 
 def _progress(module: L.LightningModule) -> Progress:
