@@ -28,6 +28,7 @@ class ExportMerge(L.Callback):
         self.folder = None if folder is None else Path(folder)
         self.format: ExportFormat = format
         self._written: Path | None = None
+        self._exported = False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export; with W&B also as an artifact."""
@@ -35,15 +36,15 @@ class ExportMerge(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export if that is all that is missing: the run was killed after its last checkpoint."""
-        folder = self.folder or run_dir(trainer) / "export"
-        there = (folder / "README.md").is_file()  # the card comes last
-        if self._written is None and not trainer.strategy.broadcast(there):
+        there = ((self.folder or run_dir(trainer) / "export") / "README.md").is_file()  # the card comes last
+        if not trainer.strategy.broadcast(self._exported or there):
             self._export(trainer, pl_module)
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = self.folder or run_dir(trainer) / "export"
         if not isinstance(pl_module, MergeModule) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        self._exported = True
         pl_module.prepare_evaluation()
         if trainer.is_global_zero:
             export_merge(folder, trainer, pl_module, self.format)

@@ -62,9 +62,15 @@ class MergeTrainer(L.Trainer):
             ckpt_path = last if last.is_file() else None
         if still and train_dataloaders is None and datamodule is None:
             train_dataloaders = Steps(1)
+        if self.has_stream and isinstance(model, MergeModule):
+            model.enter_stream()  # here too, if the fit is in processes of its own
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        if isinstance(model, MergeModule) and model.progress is not None and self.strategy.launcher is not None:
+            last = run_dir(self) / "last.ckpt"
+            if not model.progress.absorbed and last.is_file():  # a fork brings back what was learned, but no stages
+                _load(model, last)
 
     @property
     def has_stream(self) -> bool:
