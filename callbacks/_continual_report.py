@@ -15,7 +15,7 @@ from lit_merge.functional.continual_metrics import continual_metrics
 from lit_merge.module import MergeModule
 from lit_merge.sinks import log_image, log_staged, log_table, save_rows
 
-__all__ = ("log_stage", "publish", "summary")
+__all__ = ("draw", "log_stage", "publish", "summary")
 
 Row = list[float | None]
 
@@ -87,11 +87,11 @@ def log_stage(trainer: L.Trainer, content: dict[str, Any]) -> None:
 
 
 def publish(trainer: L.Trainer, folder: Path, content: dict[str, Any]) -> None:
-    """Show the matrix in the terminal and the loggers, and draw it.
+    """Show the matrix in the terminal and the loggers.
 
     Args:
         trainer: Has the loggers.
-        folder: Where ``continual-matrix.csv`` and the pictures go.
+        folder: Where ``continual-matrix.csv`` goes.
         content: See :func:`summary`.
     """
     if not content["matrix"] or not content["tasks"]:
@@ -111,8 +111,20 @@ def publish(trainer: L.Trainer, folder: Path, content: dict[str, Any]) -> None:
     ]
     save_rows(folder / "continual-matrix.csv", ["stage", "task", *tasks], cells)
     log_table(trainer, "continual/matrix", ["stage", "task", *tasks], cells)
-    _draw_matrix(folder / "continual-matrix.png", content["matrix"], order, tasks)
-    _draw_curves(folder / "continual-accuracy.png", content["matrix"], tasks)
+
+
+def draw(trainer: L.Trainer, folder: Path, content: dict[str, Any]) -> None:
+    """Draw ``continual-matrix.png`` and ``continual-accuracy.png``, and show them to the loggers.
+
+    Args:
+        trainer: Has the loggers.
+        folder: Where to.
+        content: See :func:`summary`.
+    """
+    if not content["matrix"] or not content["tasks"]:
+        return
+    _draw_matrix(folder / "continual-matrix.png", content["matrix"], content["order"], content["tasks"])
+    _draw_curves(folder / "continual-accuracy.png", content["matrix"], content["tasks"])
     for name in ("matrix", "accuracy"):
         log_image(trainer, f"continual/{name}", folder / f"continual-{name}.png")
 

@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from lit_merge.callbacks._continual_report import log_stage, publish, summary
+from lit_merge.callbacks._continual_report import draw, log_stage, publish, summary
 from lit_merge.callbacks._stage_order import StageOrder
 from lit_merge.callbacks._stage_scores import count_hits
 from lit_merge.callbacks.report import Report
@@ -245,7 +245,9 @@ class SequentialMerging(L.Callback):
         assert isinstance(pl_module, MergeModule)
         self._catch_up(trainer, pl_module, trainer.fit_loop.epoch_progress.current.processed // self._epochs)
         if not trainer.fast_dev_run and (folder := run_dir(trainer)) and trainer.is_global_zero:  # type: ignore[attr-defined]
-            publish(trainer, folder, summary(pl_module, self.data))
+            content = summary(pl_module, self.data)
+            publish(trainer, folder, content)
+            draw(trainer, folder, content)
 
     def _go_on(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         stage = trainer.current_epoch // self._epochs

@@ -16,6 +16,7 @@ _WARNINGS = (
     "exists and is not empty",  # a resumed run is meant to
     "LightningCLI's args parameter",  # main() is called from Python as well
     "smaller than the logging interval",
+    "`max_epochs` was not set",  # SequentialMerging sets it
     "in eval mode at the start of training",  # frozen networks are
     "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # lightning 2.6 with torch 2.15
 )

@@ -65,7 +65,8 @@ class MergeTrainer(L.Trainer):
         if self.has_stream and isinstance(model, MergeModule):
             model.enter_stream()  # here too, if the fit is in processes of its own
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")
+            if self.has_stream:  # epochs without a step
+                warnings.filterwarnings("ignore", ".*(run with no optimizer|before `optimizer.step).*")
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         if isinstance(model, MergeModule) and model.progress is not None and self.strategy.launcher is not None:
             last = run_dir(self) / "last.ckpt"
