@@ -108,7 +108,7 @@ class StageOrder:
                 pause = min(end, time.monotonic() + _ROUND)
                 try:
                     while len(found := self.tasks(suite, known)) <= len(known) and time.monotonic() < pause:
-                        if trainer.received_sigterm:  # type: ignore[attr-defined]
+                        if trainer.received_sigterm:
                             end = 0.0
                             break
                         time.sleep(_GLANCE)

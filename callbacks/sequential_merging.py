@@ -243,7 +243,7 @@ class SequentialMerging(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show matrix and pictures; Lightning comes here also when a resumed run has nothing left to train."""
         assert isinstance(pl_module, MergeModule)
-        self._catch_up(trainer, pl_module, trainer.fit_loop.epoch_progress.current.processed // self._epochs)
+        self._catch_up(trainer, pl_module, _epochs_done(trainer) // self._epochs)
         if not trainer.fast_dev_run and (folder := run_dir(trainer)) and trainer.is_global_zero:  # type: ignore[attr-defined]
             content = summary(pl_module, self.data)
             publish(trainer, folder, content)
@@ -353,9 +353,14 @@ def _count_passed_over(trainer: L.Trainer) -> None:
     Lightning counts it as ready and processed only, and from then on takes no checkpoint in the middle of an epoch for
     what it is: a resumed epoch would have a step too many.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     for counts in (progress.total, progress.current):
         counts.started, counts.completed = counts.ready, counts.processed
+
+
+def _epochs_done(trainer: L.Trainer) -> int:
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return int(current.processed)
 
 
 def _progress(module: L.LightningModule) -> Progress:

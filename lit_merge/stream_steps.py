@@ -313,8 +313,9 @@ def _check_merged(method: str, task: str, merged: object, like: Mapping[str, Ten
         found = ", ".join(sorted(map(str, merged))[:3]) if isinstance(merged, Mapping) else type(merged).__name__
         raise MergeError(f"{where}: expected a task vector with the names of `merged`, found {found}")
     for name, value in like.items():
-        if not isinstance(merged[name], Tensor) or merged[name].shape != value.shape:
-            found = tuple(merged[name].shape) if isinstance(merged[name], Tensor) else type(merged[name]).__name__
-            raise MergeError(f"{where}: {name}: expected {tuple(value.shape)}, found {found}")
-        if not bool(torch.isfinite(merged[name]).all()):
+        given = merged[name]
+        if not isinstance(given, Tensor) or given.shape != value.shape:
+            shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise MergeError(f"{where}: {name}: expected {tuple(value.shape)}, found {shape}")
+        if not bool(torch.isfinite(given).all()):
             raise MergeError(f"{where}: {name}: the merge is not finite")

@@ -125,7 +125,7 @@ class StreamKill(Kill):
             self._now("score")  # type: ignore[arg-type]
             return score(*args)
 
-        opened = pl_module.open_stage  # type: ignore[operator, union-attr]
+        opened = pl_module.open_stage
 
         def watched(*args: Any, **options: Any) -> None:
             opened(*args, **options)  # type: ignore[operator]

@@ -92,7 +92,7 @@ def test_a_stage_is_a_fit_of_its_own(tmp_path: Path) -> None:
     suite = ToySuite("vit", tasks=2)
     case = Case("ada", data="seen")
     given = case.model()
-    options = {"objective": given.objective, "optimizer": given.optimizer_factory}
+    options: dict[str, Any] = {"objective": given.objective, "optimizer": given.optimizer_factory}
     stream = AdaMerging(suite=suite, **options)
     fit(tmp_path, stream, SequentialMerging(2, data="seen", evaluate="none"), suite)
     alone = AdaMerging(suite=suite, **options)
@@ -208,7 +208,7 @@ def test_a_wrong_absorb_is_named(tmp_path: Path, merged: Any) -> None:
         def absorb(self, merged_: Any, incoming: Any, stage: Any) -> Any:
             return {n: v * torch.nan for n, v in incoming.items()} if merged == "nan" else merged
 
-    with pytest.raises(MergeError, match="Wrong.absorb: expert 'task.a'"):
+    with pytest.raises(MergeError, match=r"Wrong\.absorb: expert 'task.a'"):
         fit(tmp_path, Wrong(suite=SUITE), SequentialMerging(evaluate="none"))
 
 
