@@ -10,15 +10,14 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_merge.callbacks._continual_report import draw, log_stage, publish, summary
+from lit_merge.callbacks._stage_checks import check_stream
 from lit_merge.callbacks._stage_order import StageOrder
 from lit_merge.callbacks._stage_scores import count_hits
 from lit_merge.callbacks.report import Report
-from lit_merge.callbacks.resume_point import ResumePoint
 from lit_merge.data.steps import Steps
-from lit_merge.data_free_module import DataFreeModule
 from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.progress import Progress
@@ -120,7 +119,8 @@ class SequentialMerging(L.Callback):
         pl_module.enter_stream(Progress(order, self._order.kind, seed))
         self._loaded, self._fitted = 0, True
         self._epochs = 1 if trainer.fast_dev_run else max(1, self.epochs_per_task)  # type: ignore[attr-defined]
-        self._check(trainer, pl_module, data)
+        total = None if self._order.grows else len(order) * self._epochs
+        check_stream(trainer, pl_module, data, self.epochs_per_task, self.data, total, self._set_epochs)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if data is not None:
             data.tasks_at = partial(self._tasks_at, pl_module)
@@ -130,38 +130,6 @@ class SequentialMerging(L.Callback):
                 trainer.strategy.configure_ddp = lambda: None
         if not any(isinstance(callback, _AfterCheckpoint) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(_AfterCheckpoint(self))  # type: ignore[attr-defined]
-
-    def _check(self, trainer: L.Trainer, module: MergeModule, data: object) -> None:
-        name, progress = type(module).__name__, module.progress
-        assert progress is not None
-        if module.learnable and not self.epochs_per_task:
-            raise MergeError(f"SequentialMerging.epochs_per_task: {name} learns, so it needs at least 1, found 0")
-        if not module.learnable and self.epochs_per_task:
-            raise MergeError(
-                f"SequentialMerging.epochs_per_task: {name} has nothing to learn, so it must be 0, found "
-                f"{self.epochs_per_task}"
-            )
-        if module.learnable and self.data == "none" and not isinstance(module, DataFreeModule):
-            raise MergeError(f"SequentialMerging.data: none, but {name} learns from images; use current or seen")
-        if getattr(data, "protocol", None) == "online":
-            raise MergeError("data.protocol: online shows every image once, in one epoch; a stream needs another one")
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        if not any(isinstance(callback, ResumePoint) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            rank_zero_warn("SequentialMerging: without the callback ResumePoint a killed stream cannot be resumed")
-        if trainer.max_steps != -1:
-            raise MergeError(
-                f"trainer.max_steps: a stream ends with its last expert, found {trainer.max_steps}; leave it out"
-            )
-        given = trainer.max_epochs
-        unset = (None, -1, 1000, self._set_epochs, *(() if module.learnable else (0,)))  # 1000 is Lightning's default
-        total = len(progress.order) * self._epochs
-        if given not in unset and (self._order.grows or given != total):
-            what = "as many as experts arrive" if self._order.grows else f"{len(progress.order)} tasks"
-            raise MergeError(
-                f"trainer.max_epochs: {what}, {self._epochs} epochs each"
-                f"{'' if self._order.grows else f', are {total}'}, found {given}; leave it out"
-            )
 
     def _tasks_at(self, module: MergeModule, epoch: int) -> Sequence[str]:
         """Tasks whose images are adapted on in an epoch."""

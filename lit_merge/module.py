@@ -355,6 +355,5 @@ class MergeModule(StreamSteps, ABC):
             return
         self.configure_model()
         if self.progress is not None:
-            raise MergeError("checkpoint: it is not one of a stream of experts; leave SequentialMerging out, or start "
-                             "without --ckpt_path")  # fmt: skip
+            raise MergeError("checkpoint: it is not one of a stream; leave SequentialMerging or --ckpt_path out")
         check_fingerprint(checkpoint.get("lit_merge", {}), self.fingerprint())

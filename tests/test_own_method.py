@@ -10,14 +10,15 @@ import torch
 from toys import ToySuite
 
 from lit_merge import MergeTrainer, TaskDataModule
+from lit_merge.callbacks import ResumePoint, SequentialMerging
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def own_method() -> tuple[str, dict[str, Any]]:
+def own_method(base: str = "MergeModule") -> tuple[str, dict[str, Any]]:
     """Source of README's class, and what it defines."""
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    source = next(block for block in blocks if "(MergeModule)" in block)
+    source = next(block for block in blocks if f"({base})" in block)
     names: dict[str, Any] = {}
     exec(compile(source, "README.md", "exec"), names)
     return source, names
@@ -43,3 +44,17 @@ def test_it_learns_and_resumes(tmp_path: Path) -> None:
     again = method.load_from_checkpoint(tmp_path / "own.ckpt", suite=suite)
     first, second = module.merged_state(), again.merged_state()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_stream_of_ones_own(tmp_path: Path) -> None:
+    from streams import Case
+
+    source, names = own_method("SequentialModule")
+    assert len([line for line in source.splitlines() if line.strip()]) <= 15
+    suite = ToySuite("mlp")
+    model = names["Decay"](suite=suite, rate=0.25)
+    Case().trainer(tmp_path, SequentialMerging(evaluate="none"), ResumePoint()).fit(model)
+    base, (a, b, c) = suite.base(), (suite.expert(task) for task in suite.tasks)
+    for name, value in model.merged_state().items():
+        torch.testing.assert_close(value, 0.75 * (0.75 * a[name] + 0.25 * b[name]) + 0.25 * c[name])
+        assert not torch.equal(value, base[name])
