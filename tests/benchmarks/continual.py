@@ -1,0 +1,236 @@
+"""Experts that arrive one by one, on the embedded suite: accuracy, transfer and forgetting of every continual method.
+
+    python tests/benchmarks/continual.py --output runs/continual --picture
+    python tests/benchmarks/continual.py --methods opcm "last-*" --seeds 0 --orders given
+
+A row is a bundled config with its shipped settings in a stream of all experts, scored on the test images of all tasks
+after every stage; three orders (as given, and shuffled with seeds 1 and 2) times three seeds of the suite. Rows that
+say "all at once" see all experts together. A scale that is "best" is the one of ten with the highest accuracy on every
+fourth *training* image; with ``--scales``, final merges of the first order and seed are also multiplied by several
+factors, and the best one is chosen on the *test* images, to tell length from direction.
+
+Seconds are CPU seconds of reading and absorbing an expert, training included, from the second stage on. Results are
+kept in ``OUTPUT/rows``; a second call makes only what is missing, or older than its config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import re
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+import yaml
+from _continual import against, best_scales, curves, heat_maps, scored, table  # type: ignore[import-not-found]
+from _embedded import SCALES, accuracies  # type: ignore[import-not-found]
+
+from lit_merge import MergeModule, MiniSuite, configs
+from lit_merge.checkpoints import write_json
+from lit_merge.cli import MergeCLI
+from lit_merge.cli import main as command
+
+ORDERS = {"given": ("given", 0), "shuffle 1": ("shuffle", 1), "shuffle 2": ("shuffle", 2)}
+AT_ONCE = "all at once"
+FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+TRAINER = {
+    "logger": False, "accelerator": "cpu", "limit_val_batches": 0, "enable_progress_bar": False,
+    "enable_checkpointing": False, "enable_model_summary": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: a config, arguments of the method that differ from it, and whether all experts are seen at once."""
+
+    name: str
+    config: str
+    options: dict[str, Any] = field(default_factory=dict)
+    at_once: bool = False
+    grid: tuple[float, ...] = ()
+
+
+ROWS = (
+    Row("opcm", "opcm"),
+    Row("opcm, diagonal kept", "opcm", {"diagonal": False}),
+    Row("dop", "dop"),
+    Row("sequential-average", "sequential-average"),
+    Row("sequential-task-arithmetic", "sequential-task-arithmetic"),
+    Row("sequential-ties, add", "sequential-ties"),
+    Row("sequential-ties, replace", "sequential-ties", {"reduce": "mean", "scale": 1.0, "sequential": "replace"}),
+    Row("sequential-magmax", "sequential-magmax"),
+    Row("last-k, k = 1", "last-k", {"k": 1}),
+    Row("last-k, k = 3", "last-k"),
+    Row("sequential-adamerging", "sequential-adamerging"),
+    Row("simple-average, all at once", "simple-average", at_once=True),
+    Row("task-arithmetic, all at once, best scale", "task-arithmetic", at_once=True, grid=SCALES),
+)
+
+
+def content_of(row: Row, seed: int, order: str) -> dict[str, Any]:
+    """The row's config as it is run."""
+    path = configs.find(row.config)
+    if path is None:
+        raise SystemExit(f"there is no bundled config {row.config}")
+    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["seed_everything"] = seed
+    content["suite"].setdefault("init_args", {})["seed"] = seed
+    content["model"].setdefault("init_args", {}).update(row.options)
+    callbacks = [each for each in content["trainer"]["callbacks"] if each["class_path"].endswith("SequentialMerging")]
+    for callback in callbacks:
+        kind, number = ORDERS[order]
+        callback["init_args"] |= {"order": kind, "seed": number, "evaluate": "all"}
+    content["trainer"] = {**content["trainer"], **TRAINER, "callbacks": callbacks}
+    return content
+
+
+def made(content: dict[str, Any], folder: str) -> MergeCLI:
+    """Trainer, method and data of a config."""
+    content["trainer"]["default_root_dir"] = folder
+    path = Path(folder) / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    cli = command(["--config", str(path)], run=False)
+    assert isinstance(cli, MergeCLI)
+    return cli
+
+
+def stream(cli: MergeCLI, factors: tuple[float, ...]) -> dict[str, Any]:
+    """Merge a stream of experts."""
+    model: MergeModule = cli.model
+    began, seconds = 0.0, []
+    open_stage, close_stage = model.open_stage, model.close_stage
+
+    def opened(*args: Any, **kwargs: Any) -> None:
+        nonlocal began
+        began = time.process_time()
+        open_stage(*args, **kwargs)
+
+    def closed(*args: Any) -> Any:
+        result = close_stage(*args)
+        seconds.append(time.process_time() - began)
+        return result
+
+    model.open_stage, model.close_stage = opened, closed  # type: ignore[method-assign]
+    cli.trainer.fit(model, datamodule=cli.datamodule)
+    progress = model.progress
+    assert progress is not None
+    tasks = progress.history
+    found: dict[str, Any] = {
+        "tasks": list(tasks),
+        "matrix": [[stage["accuracies"][task] for task in tasks] for stage in progress.stages],
+        "base": [progress.base[task][0] / progress.base[task][1] for task in tasks],
+        "experts": [progress.experts[task][0] / progress.experts[task][1] for task in tasks],
+        "seconds": seconds,
+    }
+    if factors:
+        base, merged = model.bank.base, model.merged_state()
+        found["scales"] = {
+            factor: fmean(accuracies(model, {n: base[n] + factor * (v - base[n]) if v.is_floating_point() else v
+                                             for n, v in merged.items()}, "test").values())
+            for factor in factors
+        }  # fmt: skip
+    return found
+
+
+def at_once(row: Row, seed: int, folder: str) -> dict[str, Any]:
+    """Merge all experts together."""
+    options, chosen = dict(row.options), None
+    if row.grid:
+        scores = {}
+        for scale in row.grid:
+            model = _at_once(row, {"scale": scale}, seed, folder)
+            scores[scale] = fmean(accuracies(model, model.merged_state(), "train", every=4).values())
+        chosen = max(scores, key=lambda scale: (scores[scale], -scale))
+        options["scale"] = chosen
+    model = _at_once(row, options, seed, folder)
+    tasks = model.suite.tasks
+    last, base = (accuracies(model, state, "test") for state in (model.merged_state(), model.suite.base()))
+    experts = {task: accuracies(model, model.suite.expert(task), "test", (task,))[task] for task in tasks}
+    columns = {name: [values[task] for task in tasks] for name, values in (("base", base), ("experts", experts))}
+    return {
+        "tasks": list(tasks),
+        "matrix": [[last[task] for task in tasks]],
+        **columns,
+        "seconds": [],
+        "chosen": chosen,
+    }
+
+
+def _at_once(row: Row, options: dict[str, Any], seed: int, folder: str) -> MergeModule:
+    content = content_of(row, seed, "given")
+    content["model"]["init_args"] |= options
+    model: MergeModule = made(content, folder).model
+    model.configure_model()
+    return model
+
+
+def result_of(row: Row, seed: int, order: str, factors: tuple[float, ...], folder: Path) -> dict[str, Any]:
+    """Result of a row; it is read if it is there."""
+    content = content_of(row, seed, "given" if row.at_once else order)
+    facts = json.dumps([content, asdict(row)], sort_keys=True)
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    path = folder / (re.sub(r"\W+", "-", f"{row.name} {order} {seed}") + ".json")
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if result.get("digest") != digest or (factors and "scales" not in result):
+        MiniSuite(seed=seed).prepare()
+        with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                found = at_once(row, seed, temporary) if row.at_once else stream(made(content, temporary), factors)
+            except SystemExit:
+                raise SystemExit(f"{row.name}: {said.getvalue()}") from None
+        result = json.loads(json.dumps(
+            {"name": row.name, "seed": seed, "order": order, "digest": digest, **found}
+        ))  # fmt: skip
+        write_json(path, result)
+        shown = "  ".join(f"{name} {100 * v:.1f}" for name, v in scored(result).items() if v is not None)
+        print(f"{row.name}, {order}, seed {seed}: {shown}", file=sys.stderr, flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--orders", nargs="+", default=list(ORDERS), choices=ORDERS)
+    parser.add_argument("--methods", nargs="+", default=["*"], help="names of rows, with wildcards")
+    parser.add_argument("--output", type=Path, default=Path("runs/continual"))
+    parser.add_argument("--scales", action="store_true", help="multiply final merges of the first order and seed")
+    parser.add_argument("--markdown", action="store_true", help="write the tables to OUTPUT/continual.md, too")
+    parser.add_argument("--picture", action="store_true", help="draw OUTPUT/accuracy.png and OUTPUT/opcm.png")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    results = []
+    for row in (row for row in ROWS if any(fnmatchcase(row.name, pattern) for pattern in args.methods)):
+        for seed in args.seeds:
+            for order in (AT_ONCE,) if row.at_once else args.orders:
+                first = args.scales and seed == args.seeds[0] and order == args.orders[0]
+                results.append(result_of(row, seed, order, FACTORS if first else (), args.output / "rows"))
+    parts = [table(results)]
+    if any(result["name"] == "opcm" for result in results):
+        parts.append(against(results))
+    if args.scales:
+        parts.append(best_scales(results))
+    print("\n\n".join(parts))
+    if args.markdown:
+        (args.output / "continual.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if args.picture:
+        curves(results, args.output / "accuracy.png")
+        heat_maps(results, args.output / "opcm.png")
+
+
+if __name__ == "__main__":
+    main()
