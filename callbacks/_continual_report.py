@@ -94,7 +94,7 @@ def publish(trainer: L.Trainer, folder: Path, content: dict[str, Any]) -> None:
         folder: Where ``continual-matrix.csv`` goes.
         content: See :func:`summary`.
     """
-    if not content["matrix"] or not content["tasks"]:
+    if not any(stage["accuracies"] for stage in content["stages"]):
         return
     tasks, order = content["tasks"], content["order"]
     table = Table(title="accuracy after each stage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,11 +25,17 @@ COLUMNS = ("average_accuracy", "normalized_accuracy", "backward_transfer", "forg
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999", "#8C6D1F", "#6A3D9A")
 
 
+def filled(matrix: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """The matrix with NaN where a task was not scored."""
+    return [[math.nan if value is None else value for value in row] for row in matrix]
+
+
 def scored(result: Result) -> dict[str, float | None]:
     """Metrics after the last stage; of a merge of all at once no more than its accuracies."""
     last = result["matrix"][-1]
     if len(result["matrix"]) > 1:
-        final: dict[str, float | None] = continual_metrics(result["matrix"], result["base"], result["experts"]).final()
+        found = continual_metrics(filled(result["matrix"]), result["base"], result["experts"])
+        final: dict[str, float | None] = found.final()
         return final
     normalized = fmean(a / e for a, e in zip(last, result["experts"], strict=True))
     return dict.fromkeys(COLUMNS) | {"average_accuracy": fmean(last), "normalized_accuracy": normalized}
@@ -100,7 +107,7 @@ def curves(results: Sequence[Result], path: Path) -> None:
     ends = []
     for number, (name, found) in enumerate(streams.items()):
         rows = np.array([
-            continual_metrics(result["matrix"]).average_accuracy.tolist() for result in found
+            continual_metrics(filled(result["matrix"])).average_accuracy.tolist() for result in found
         ])  # fmt: skip
         mean, deviation = 100 * rows.mean(0), 100 * rows.std(0, ddof=1 if len(rows) > 1 else 0)
         stages, colour = np.arange(1, rows.shape[1] + 1), COLOURS[number % len(COLOURS)]
@@ -148,10 +155,10 @@ def heat_maps(results: Sequence[Result], path: Path, name: str = "opcm") -> None
     )
     for axes, (order, found) in zip(panels[0], by_order.items(), strict=True):
         tasks, size = found[0]["tasks"], len(found[0]["tasks"])
-        mean = np.array([result["matrix"] for result in found]).mean(0)
+        mean = np.array([filled(result["matrix"]) for result in found]).mean(0)
         image = axes.imshow(mean, vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
         for y in range(size):
-            for x in range(size):
+            for x in range(min(size, y + 2)):
                 seen = x <= y
                 axes.text(x, y, f"{100 * mean[y, x]:.0f}", ha="center", va="center", fontsize=9,
                           weight="bold" if seen else "normal", color="black" if mean[y, x] > 0.6 else "white",
@@ -167,7 +174,7 @@ def heat_maps(results: Sequence[Result], path: Path, name: str = "opcm") -> None
 
 
 def _staircase(size: int) -> tuple[list[float], list[float]]:
-    """Line between the tasks that had come and those that had not."""
+    """The line between tasks that had come and those that had not."""
     xs, ys = [], []
     for step in range(size - 1):
         xs += [step + 0.5, step + 0.5]

@@ -3,11 +3,12 @@
     python tests/benchmarks/continual.py --output runs/continual --picture
     python tests/benchmarks/continual.py --methods opcm "last-*" --seeds 0 --orders given
 
-A row is a bundled config with its shipped settings in a stream of all experts, scored on the test images of all tasks
-after every stage; three orders (as given, and shuffled with seeds 1 and 2) times three seeds of the suite. Rows that
-say "all at once" see all experts together. A scale that is "best" is the one of ten with the highest accuracy on every
-fourth *training* image; with ``--scales``, final merges of the first order and seed are also multiplied by several
-factors, and the best one is chosen on the *test* images, to tell length from direction.
+A row is a bundled config with its shipped settings in a stream of all experts. After every stage the tasks that have
+come and the next one are scored on their test images. There are three orders (as given, and shuffled with seeds 1 and
+2) times three seeds of the suite. Rows that say "all at once" see all experts together; a scale that is "best" is the
+one of ten with the highest accuracy on every fourth *training* image. With ``--scales``, final merges of the first
+order and seed are also multiplied by several factors, and the best one is chosen on the *test* images, to tell length
+from direction.
 
 Seconds are CPU seconds of reading and absorbing an expert, training included, from the second stage on. Results are
 kept in ``OUTPUT/rows``; a second call makes only what is missing, or older than its config.
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -36,15 +38,17 @@ import torch
 import yaml
 from _continual import against, best_scales, curves, heat_maps, scored, table  # type: ignore[import-not-found]
 from _embedded import SCALES, accuracies  # type: ignore[import-not-found]
+from torch import Tensor
 
 from lit_merge import MergeModule, MiniSuite, configs
 from lit_merge.checkpoints import write_json
+from lit_merge.checkpoints.digests import state_digest
 from lit_merge.cli import MergeCLI
 from lit_merge.cli import main as command
 
 ORDERS = {"given": ("given", 0), "shuffle 1": ("shuffle", 1), "shuffle 2": ("shuffle", 2)}
 AT_ONCE = "all at once"
-FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+FACTORS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 2.0, 3.0)
 TRAINER = {
     "logger": False, "accelerator": "cpu", "limit_val_batches": 0, "enable_progress_bar": False,
     "enable_checkpointing": False, "enable_model_summary": False,
@@ -91,7 +95,7 @@ def content_of(row: Row, seed: int, order: str) -> dict[str, Any]:
     callbacks = [each for each in content["trainer"]["callbacks"] if each["class_path"].endswith("SequentialMerging")]
     for callback in callbacks:
         kind, number = ORDERS[order]
-        callback["init_args"] |= {"order": kind, "seed": number, "evaluate": "all"}
+        callback["init_args"] |= {"order": kind, "seed": number, "evaluate": "none"}
     content["trainer"] = {**content["trainer"], **TRAINER, "callbacks": callbacks}
     return content
 
@@ -106,10 +110,10 @@ def made(content: dict[str, Any], folder: str) -> MergeCLI:
     return cli
 
 
-def stream(cli: MergeCLI, factors: tuple[float, ...]) -> dict[str, Any]:
-    """Merge a stream of experts."""
+def stream(cli: MergeCLI, factors: tuple[float, ...], folder: Path) -> dict[str, Any]:
+    """Merge a stream of experts; after each stage score the tasks that have come, and the next one."""
     model: MergeModule = cli.model
-    began, seconds = 0.0, []
+    began, seconds, matrix = 0.0, [], []
     open_stage, close_stage = model.open_stage, model.close_stage
 
     def opened(*args: Any, **kwargs: Any) -> None:
@@ -117,34 +121,42 @@ def stream(cli: MergeCLI, factors: tuple[float, ...]) -> dict[str, Any]:
         began = time.process_time()
         open_stage(*args, **kwargs)
 
-    def closed(*args: Any) -> Any:
-        result = close_stage(*args)
+    def closed(number: int) -> dict[str, Tensor]:
+        result = close_stage(number)
         seconds.append(time.process_time() - began)
+        found = accuracies(model, model.merged_state(), "test", model.progress.order[: number + 1])
+        matrix.append([found.get(task) for task in model.progress.order])
         return result
 
-    model.open_stage, model.close_stage = opened, closed  # type: ignore[method-assign]
+    model.open_stage, model.close_stage = opened, closed
     cli.trainer.fit(model, datamodule=cli.datamodule)
-    progress = model.progress
-    assert progress is not None
-    tasks = progress.history
-    found: dict[str, Any] = {
-        "tasks": list(tasks),
-        "matrix": [[stage["accuracies"][task] for task in tasks] for stage in progress.stages],
-        "base": [progress.base[task][0] / progress.base[task][1] for task in tasks],
-        "experts": [progress.experts[task][0] / progress.experts[task][1] for task in tasks],
-        "seconds": seconds,
-    }
+    found = {"matrix": matrix, "seconds": seconds} | references(model, list(model.progress.history), folder)
     if factors:
         base, merged = model.bank.base, model.merged_state()
-        found["scales"] = {
-            factor: fmean(accuracies(model, {n: base[n] + factor * (v - base[n]) if v.is_floating_point() else v
-                                             for n, v in merged.items()}, "test").values())
-            for factor in factors
-        }  # fmt: skip
+        found["scales"] = {factor: _scaled(model, base, merged, factor) for factor in factors}
     return found
 
 
-def at_once(row: Row, seed: int, folder: str) -> dict[str, Any]:
+def references(model: MergeModule, tasks: list[str], folder: Path) -> dict[str, Any]:
+    """Accuracies of base and experts, kept per suite."""
+    path = folder / f"references-{model.suite.seed}.json"
+    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if known.get("digest") != (digest := state_digest(model.suite.base())):
+        experts = {task: accuracies(model, model.suite.expert(task), "test", (task,))[task] for task in tasks}
+        known = {"digest": digest, "base": accuracies(model, model.suite.base(), "test"), "experts": experts}
+        write_json(path, known)
+    return {"tasks": tasks, **{name: [known[name][task] for task in tasks] for name in ("base", "experts")}}
+
+
+def _scaled(model: MergeModule, base: Mapping[str, Tensor], merged: Mapping[str, Tensor], factor: float) -> float:
+    state = {
+        name: base[name] + factor * (value - base[name]) if value.is_floating_point() else value
+        for name, value in merged.items()
+    }
+    return fmean(accuracies(model, state, "test").values())
+
+
+def at_once(row: Row, seed: int, folder: str, rows: Path) -> dict[str, Any]:
     """Merge all experts together."""
     options, chosen = dict(row.options), None
     if row.grid:
@@ -155,17 +167,9 @@ def at_once(row: Row, seed: int, folder: str) -> dict[str, Any]:
         chosen = max(scores, key=lambda scale: (scores[scale], -scale))
         options["scale"] = chosen
     model = _at_once(row, options, seed, folder)
-    tasks = model.suite.tasks
-    last, base = (accuracies(model, state, "test") for state in (model.merged_state(), model.suite.base()))
-    experts = {task: accuracies(model, model.suite.expert(task), "test", (task,))[task] for task in tasks}
-    columns = {name: [values[task] for task in tasks] for name, values in (("base", base), ("experts", experts))}
-    return {
-        "tasks": list(tasks),
-        "matrix": [[last[task] for task in tasks]],
-        **columns,
-        "seconds": [],
-        "chosen": chosen,
-    }
+    last = accuracies(model, model.merged_state(), "test")
+    found = references(model, list(model.suite.tasks), rows)
+    return found | {"matrix": [[last[task] for task in found["tasks"]]], "seconds": [], "chosen": chosen}
 
 
 def _at_once(row: Row, options: dict[str, Any], seed: int, folder: str) -> MergeModule:
@@ -187,7 +191,10 @@ def result_of(row: Row, seed: int, order: str, factors: tuple[float, ...], folde
         MiniSuite(seed=seed).prepare()
         with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stderr(io.StringIO()) as said:
             try:
-                found = at_once(row, seed, temporary) if row.at_once else stream(made(content, temporary), factors)
+                if row.at_once:
+                    found = at_once(row, seed, temporary, folder)
+                else:
+                    found = stream(made(content, temporary), factors, folder)
             except SystemExit:
                 raise SystemExit(f"{row.name}: {said.getvalue()}") from None
         result = json.loads(json.dumps(
