@@ -121,7 +121,7 @@ def draw(trainer: L.Trainer, folder: Path, content: dict[str, Any]) -> None:
         folder: Where to.
         content: See :func:`summary`.
     """
-    if not content["matrix"] or not content["tasks"]:
+    if not any(stage["accuracies"] for stage in content["stages"]):
         return
     _draw_matrix(folder / "continual-matrix.png", content["matrix"], content["order"], content["tasks"])
     _draw_curves(folder / "continual-accuracy.png", content["matrix"], content["tasks"])
