@@ -116,9 +116,9 @@ class SequentialMerging(L.Callback):
             return
         order = [] if self._order.grows else self._order.tasks(pl_module.suite)
         order = order[:2] if trainer.fast_dev_run else order  # type: ignore[attr-defined]
-        pl_module.enter_stream(Progress(order, self._order.kind, seed))
         self._loaded, self._fitted = 0, True
         self._epochs = 1 if trainer.fast_dev_run else max(1, self.epochs_per_task)  # type: ignore[attr-defined]
+        pl_module.enter_stream(Progress(order, self._order.kind, seed, self._epochs, self.data))
         total = None if self._order.grows else len(order) * self._epochs
         check_stream(trainer, pl_module, data, self.epochs_per_task, self.data, total, self._set_epochs)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -139,11 +139,13 @@ class SequentialMerging(L.Callback):
         return order[: stage + 1] if self.data == "seen" else order[stage : stage + 1]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on in another order."""
+        """Refuse to go on in another order, or with other stages."""
         if "lit_merge_stages" in checkpoint and isinstance(pl_module, MergeModule):
             saved = Progress.of(checkpoint["lit_merge_stages"])
             listed = self._order.tasks(pl_module.suite, saved.order)
             saved.check_alike(listed, self._order.kind, self._order.seed)
+            if trainer.state.fn == "fit":
+                saved.check_stages(self._epochs, self.data if pl_module.learnable else saved.data)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for experts, compare those that were absorbed, and say how many epochs there are.
@@ -249,8 +251,8 @@ class SequentialMerging(L.Callback):
             file = write_stage(folder, number, state) if trainer.is_global_zero else {}
             progress.file = trainer.strategy.broadcast(file)
         del state
+        seconds = round(time.monotonic() - self._began, 3)  # of the merge; scoring does not count
         accuracies = self._score(trainer, module, task)
-        seconds = round(time.monotonic() - self._began, 3)
         progress.stages.append(
             {
                 "task": task, "accuracies": accuracies, "numbers": dict(progress.numbers), "seconds": seconds,

@@ -21,6 +21,8 @@ class Progress:
         order: Tasks in the order in which their experts arrive, as far as it is known.
         ordering: How it was decided on: ``given``, ``shuffle``, ``list`` or ``file``.
         seed: Of a shuffled order.
+        epochs: Epochs of a stage; the Trainer's epoch says with it which stage it is.
+        data: Whose images a stage adapts on.
         started: Stages that were begun.
         absorbed: Stages that are over: the first so many tasks of the order are in the merge.
         first_step: Step of the run at which the stage that was begun last began.
@@ -36,6 +38,8 @@ class Progress:
     order: list[str] = field(default_factory=list)
     ordering: str = "given"
     seed: int = 0
+    epochs: int = 1
+    data: str = "current"
     started: int = 0
     absorbed: int = 0
     first_step: int = 0
@@ -73,6 +77,29 @@ class Progress:
             raise MergeError(f"checkpoint: expected the state of a stream with {', '.join(sorted(names))}, found "
                              f"{', '.join(sorted(content)) or 'nothing'}; it is of another version")  # fmt: skip
         return cls(**content)
+
+    def check_stages(self, epochs: int, data: str) -> None:
+        """Compare with the stages of the fit that goes on from here.
+
+        Args:
+            epochs: Epochs of a stage.
+            data: Whose images a stage adapts on.
+
+        Raises:
+            MergeError: They are others.
+
+        >>> Progress(epochs=2).check_stages(1, "current")
+        Traceback (most recent call last):
+        ...
+        lit_merge.errors.MergeError: checkpoint: its epochs_per_task was 2, in this run it is 1; give that of the \
+checkpoint, or start without --ckpt_path
+        """
+        for name, saved, now in (("epochs_per_task", self.epochs, epochs), ("data", self.data, data)):
+            if saved != now:
+                raise MergeError(
+                    f"checkpoint: its {name} was {saved}, in this run it is {now}; give that of the checkpoint, "
+                    "or start without --ckpt_path"
+                )
 
     def check_alike(self, order: list[str], ordering: str, seed: int) -> None:
         """Compare with the order of the run that goes on from here.

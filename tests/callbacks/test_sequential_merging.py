@@ -181,6 +181,32 @@ def test_another_seed_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs_per_task": 1}, "its epochs_per_task was 2, in this run it is 1"),
+        ({"data": "seen"}, "data was current"),
+    ],
+)
+def test_other_stages_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    """The epoch would be one of another stage: experts would be left out without a word."""
+
+    class Stopped(AdaMerging):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            if self.trainer.current_epoch == 3:
+                raise KeyError("the power failed")
+            return super().on_train_batch_start(batch, batch_idx)
+
+    with pytest.raises(KeyError):
+        fit(tmp_path, Stopped(suite=SUITE), SequentialMerging(epochs_per_task=2, evaluate="none"))
+    with pytest.raises(MergeError, match=message):
+        fit(
+            tmp_path,
+            AdaMerging(suite=SUITE),
+            SequentialMerging(**{"epochs_per_task": 2, "evaluate": "none", **options}),
+        )
+
+
+@pytest.mark.parametrize(
     ("model", "callback", "options", "message"),
     [
         (AdaMerging, {"epochs_per_task": 0}, {}, "AdaMerging learns, so it needs at least 1"),
