@@ -37,6 +37,8 @@ class ExportMerge(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export if that is all that is missing: the run was killed after its last checkpoint."""
         there = ((self.folder or run_dir(trainer) / "export") / "README.md").is_file()  # the card comes last
+        if isinstance(pl_module, MergeModule) and pl_module.progress is not None:
+            there = False  # it may be that of a shorter stream
         if not trainer.strategy.broadcast(self._exported or there):
             self._export(trainer, pl_module)
 

@@ -148,6 +148,17 @@ def test_an_order_that_grows(tmp_path: Path, kind: str) -> None:
     assert (root / "stage_003.safetensors").read_bytes() == (tmp_path / "stage_003.safetensors").read_bytes()
 
 
+def test_a_stream_that_grew_is_exported_anew(tmp_path: Path) -> None:
+    """Also by a run that has nothing left to merge: the one before was killed between its checkpoint and the export."""
+    tasks = tmp_path / "tasks.txt"
+    for known, last in ((1, [ExportMerge()]), (2, []), (2, [ExportMerge()])):
+        tasks.write_text("".join(f"{task}\n" for task in SUITE.tasks[:known]))
+        engine = Case().trainer(tmp_path, SequentialMerging(order=str(tasks), evaluate="none"), ResumePoint(), *last)
+        engine.fit(Sum(suite=SUITE), ckpt_path="last")
+    exported, stage = (load_file(tmp_path / f"{name}.safetensors") for name in ("export/merged", "stage_002"))
+    assert all(torch.equal(exported[name], value) for name, value in stage.items())
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "order": ({"order": ["task.b", "task.a", "task.c"]}, "task.a, task.b, task.c, in this run it is task.b, task.a"),
     "expert": ({"suite": "changed"}, "expert 'task.c' was sha256:[0-9a-f]{12}, this run has sha256:"),
