@@ -19,6 +19,7 @@ __all__ = ("EXCLUDED", "Entry", "Result", "by_tasks", "entries", "label_places",
 
 EXCLUDED = {
     "finetune*": "makes experts",
+    "sequential-*": "merges experts as they arrive: see continual.py",
     "awm": "defends a merge that another method made: see backdoor_laboratory.py",
     "sau": "defends a merge that another method made: see backdoor_laboratory.py",
     "dam-released": "DAM as in its authors' code, to be compared with dam.yaml: see backdoor_laboratory.py",

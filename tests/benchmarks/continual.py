@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import fmean
@@ -36,68 +36,28 @@ from typing import Any
 
 import torch
 import yaml
-from _continual import against, best_scales, curves, heat_maps, scored, table  # type: ignore[import-not-found]
-from _embedded import SCALES, accuracies  # type: ignore[import-not-found]
+from _continual import (  # type: ignore[import-not-found]
+    AT_ONCE,
+    ORDERS,
+    ROWS,
+    Row,
+    against,
+    best_scales,
+    content_of,
+    scored,
+    table,
+)
+from _continual_picture import curves, heat_maps  # type: ignore[import-not-found]
+from _embedded import accuracies  # type: ignore[import-not-found]
 from torch import Tensor
 
-from lit_merge import MergeModule, MiniSuite, configs
+from lit_merge import MergeModule, MiniSuite
 from lit_merge.checkpoints import write_json
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.cli import MergeCLI
 from lit_merge.cli import main as command
 
-ORDERS = {"given": ("given", 0), "shuffle 1": ("shuffle", 1), "shuffle 2": ("shuffle", 2)}
-AT_ONCE = "all at once"
 FACTORS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.2, 1.5, 2.0, 3.0)
-TRAINER = {
-    "logger": False, "accelerator": "cpu", "limit_val_batches": 0, "enable_progress_bar": False,
-    "enable_checkpointing": False, "enable_model_summary": False,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: a config, arguments of the method that differ from it, and whether all experts are seen at once."""
-
-    name: str
-    config: str
-    options: dict[str, Any] = field(default_factory=dict)
-    at_once: bool = False
-    grid: tuple[float, ...] = ()
-
-
-ROWS = (
-    Row("opcm", "opcm"),
-    Row("opcm, diagonal kept", "opcm", {"diagonal": False}),
-    Row("dop", "dop"),
-    Row("sequential-average", "sequential-average"),
-    Row("sequential-task-arithmetic", "sequential-task-arithmetic"),
-    Row("sequential-ties, add", "sequential-ties"),
-    Row("sequential-ties, replace", "sequential-ties", {"reduce": "mean", "scale": 1.0, "sequential": "replace"}),
-    Row("sequential-magmax", "sequential-magmax"),
-    Row("last-k, k = 1", "last-k", {"k": 1}),
-    Row("last-k, k = 3", "last-k"),
-    Row("sequential-adamerging", "sequential-adamerging"),
-    Row("simple-average, all at once", "simple-average", at_once=True),
-    Row("task-arithmetic, all at once, best scale", "task-arithmetic", at_once=True, grid=SCALES),
-)
-
-
-def content_of(row: Row, seed: int, order: str) -> dict[str, Any]:
-    """The row's config as it is run."""
-    path = configs.find(row.config)
-    if path is None:
-        raise SystemExit(f"there is no bundled config {row.config}")
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["seed_everything"] = seed
-    content["suite"].setdefault("init_args", {})["seed"] = seed
-    content["model"].setdefault("init_args", {}).update(row.options)
-    callbacks = [each for each in content["trainer"]["callbacks"] if each["class_path"].endswith("SequentialMerging")]
-    for callback in callbacks:
-        kind, number = ORDERS[order]
-        callback["init_args"] |= {"order": kind, "seed": number, "evaluate": "none"}
-    content["trainer"] = {**content["trainer"], **TRAINER, "callbacks": callbacks}
-    return content
 
 
 def made(content: dict[str, Any], folder: str) -> MergeCLI:
