@@ -187,7 +187,8 @@ def main() -> None:
                 first = args.scales and seed == args.seeds[0] and order == args.orders[0]
                 results.append(result_of(row, seed, order, FACTORS if first else (), args.output / "rows"))
     parts = [table(results)]
-    if any(result["name"] == "opcm" for result in results):
+    with_opcm = any(result["name"] == "opcm" for result in results)
+    if with_opcm:
         parts.append(against(results))
     if args.scales:
         parts.append(best_scales(results))
@@ -196,6 +197,7 @@ def main() -> None:
         (args.output / "continual.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     if args.picture:
         curves(results, args.output / "accuracy.png")
+    if args.picture and with_opcm:
         heat_maps(results, args.output / "opcm.png")
 
 
