@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lit_merge import AdaMerging, MergeModule, MergeTrainer, SimpleAverage, Task
 from lit_merge.callbacks import ExportMerge, Report, ResumePoint, SequentialMerging, sequential_merging
 from lit_merge.errors import MergeError
 from lit_merge.methods import Emr, TsvMerge
+from lit_merge.transforms import Ties
 
 SUITE = ToySuite("cnn")
 
@@ -229,6 +231,7 @@ def test_other_stages_are_refused(tmp_path: Path, options: dict[str, Any], messa
         (SimpleAverage, {"order": ["task.a", "task.a"]}, {}, "task 'task.a' is there twice"),
         (SimpleAverage, {"order": "no-such-file"}, {}, "no-such-file: no such file or folder; expected given, shuffle"),
         (SimpleAverage, {"order": "."}, {}, "there is no expert in . yet"),
+        (partial(SimpleAverage, transforms=[Ties()]), {}, {}, "SimpleAverage: it cannot.*without the transforms"),
         (Emr, {}, {}, "Emr: it cannot merge a stream of experts: it is a network per task"),
     ],
 )
