@@ -17,7 +17,6 @@ from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.lazy import Selected
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
-from lit_merge.fingerprint import check_fingerprint, fingerprint
 from lit_merge.functional.batch_norm import recalibrate_batch_norm
 from lit_merge.metrics import TaskScores
 from lit_merge.objectives import Entropy, Objective
@@ -332,28 +331,3 @@ class MergeModule(StreamSteps, ABC):
                 del kept[name]
             state_dict = kept
         return super().load_state_dict(state_dict, strict, assign)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Return hashes of everything that the parameters belong to."""
-        found = fingerprint(self.bank, self.head_digests, self.transforms)
-        if self.progress is None:
-            return found
-        history = self.progress.history
-        return found | {"tasks": list(history), "experts": {task: self.progress.digests[task] for task in history}}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which base, experts and transforms the parameters were learned with."""
-        checkpoint["lit_merge"] = self.fingerprint()
-        self.save_stream(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse parameters that were learned with other networks."""
-        if "lit_merge_stages" in checkpoint:
-            self.enter_stream()
-            self.configure_model()
-            self.load_stream(checkpoint, self.fingerprint())
-            return
-        self.configure_model()
-        if self.progress is not None:
-            raise MergeError("checkpoint: it is not one of a stream; leave SequentialMerging or --ckpt_path out")
-        check_fingerprint(checkpoint.get("lit_merge", {}), self.fingerprint())

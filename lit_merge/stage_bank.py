@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Self
 
 import torch
@@ -14,7 +14,7 @@ from lit_merge.errors import MergeError
 from lit_merge.stack import Stack
 from lit_merge.task_vectors import BufferPolicy, TaskVectors
 
-__all__ = ("MERGED", "StageBank")
+__all__ = ("MERGED", "Differences", "StageBank")
 
 MERGED = "(merged)"
 
@@ -170,6 +170,29 @@ class StageBank(TaskVectors):
         bank = super().map(transform)
         bank.share, bank._free = self.share, self._free
         return bank
+
+
+class Differences(Mapping[str, Tensor]):
+    """Task vector of an expert, tensor by tensor as it is asked for.
+
+    Args:
+        state: State dict of the expert, which may be lazy.
+        bank: Has the base.
+        device: Where to.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], bank: StageBank, device: torch.device) -> None:
+        self._state, self._bank, self._device = state, bank, device
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype = self._bank.compute_dtype
+        return self._state[name].to(self._device, dtype) - self._bank.base[name].to(dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bank.names)
+
+    def __len__(self) -> int:
+        return len(self._bank.names)
 
 
 def _kept(base: Tensor, change: Tensor, most: int = 16) -> Tensor:

@@ -13,14 +13,14 @@ from torch import Tensor
 from lit_merge.adaptation import AdaptationSteps
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.errors import MergeError
-from lit_merge.fingerprint import check_fingerprint
+from lit_merge.fingerprint import check_fingerprint, fingerprint
 from lit_merge.metrics import Results, mean_over_tasks
 from lit_merge.progress import Progress
-from lit_merge.stage_bank import StageBank
+from lit_merge.stage_bank import Differences, StageBank
 from lit_merge.stage_files import find_stage, read_stage
 from lit_merge.stages import Stage, StageSteps
 
-__all__ = ("Differences", "StreamSteps")
+__all__ = ("StreamSteps",)
 
 ExpertReader = Callable[[str], Mapping[str, Tensor]]
 
@@ -249,7 +249,32 @@ class StreamSteps(AdaptationSteps, StageSteps):
         results["mean"] = mean_over_tasks(results["tasks"])
         return results
 
-    # Checkpoints -------------------------------------------------------------------------------------------------
+    # Checkpoints, in a stream and outside of one ---------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return hashes of everything that the parameters belong to."""
+        found = fingerprint(self.bank, self.head_digests, self.transforms)
+        if self.progress is None:
+            return found
+        history = self.progress.history
+        return found | {"tasks": list(history), "experts": {task: self.progress.digests[task] for task in history}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which base, experts and transforms the parameters were learned with."""
+        checkpoint["lit_merge"] = self.fingerprint()
+        self.save_stream(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse parameters that were learned with other networks."""
+        if "lit_merge_stages" in checkpoint:
+            self.enter_stream()
+            self.configure_model()
+            self.load_stream(checkpoint, self.fingerprint())
+            return
+        self.configure_model()
+        if self.progress is not None:
+            raise MergeError("checkpoint: it is not one of a stream; leave SequentialMerging or --ckpt_path out")
+        check_fingerprint(checkpoint.get("lit_merge", {}), self.fingerprint())
 
     def save_stream(self, checkpoint: dict[str, Any]) -> None:
         """Put the state of the stream into a checkpoint."""
@@ -284,29 +309,6 @@ class StreamSteps(AdaptationSteps, StageSteps):
         if self.stage_folder is not None:
             yield self.stage_folder
         yield Path(progress.folder)
-
-
-class Differences(Mapping[str, Tensor]):
-    """Task vector of an expert, tensor by tensor as it is asked for.
-
-    Args:
-        state: State dict of the expert, which may be lazy.
-        bank: Has the base.
-        device: Where to.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor], bank: StageBank, device: torch.device) -> None:
-        self._state, self._bank, self._device = state, bank, device
-
-    def __getitem__(self, name: str) -> Tensor:
-        dtype = self._bank.compute_dtype
-        return self._state[name].to(self._device, dtype) - self._bank.base[name].to(dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bank.names)
-
-    def __len__(self) -> int:
-        return len(self._bank.names)
 
 
 def _check_merged(method: str, task: str, merged: object, like: Mapping[str, Tensor]) -> None:
