@@ -226,7 +226,15 @@ class StreamSteps(AdaptationSteps, StageSteps):
         """Whether an expert is there to be scored beside the merge; not again if it was at its arrival."""
         if self.progress is None:
             return super().has_expert(task)
-        return task not in self.progress.experts and task in self.progress.known
+        if task in self.progress.experts or task not in self.progress.known:
+            return False
+        if self.expert_reader is None or task in (self._expert[0], self.accumulated.tasks[1]):
+            return True
+        try:  # its file may be gone since it was absorbed
+            self.expert_reader(task)
+        except (MergeError, OSError):
+            return False
+        return True
 
     def expert_state(self, task: str) -> dict[str, Tensor]:
         """State dict of one expert, on this module's device."""

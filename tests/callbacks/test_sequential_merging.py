@@ -122,6 +122,18 @@ class PassOver(Report):
         pl_module.on_train_batch_start = lambda batch, batch_idx: -1 if left_out else None
 
 
+def test_experts_that_are_gone_are_not_scored(tmp_path: Path) -> None:
+    """Neither at their arrival nor after."""
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    for task in SUITE.tasks:
+        save_file(dict(SUITE.expert(task)), folder / f"{task}.safetensors")
+        found = fit(tmp_path, Sum(suite=SUITE), SequentialMerging(order=str(folder), evaluate="none"))
+        (folder / f"{task}.safetensors").unlink()
+    rows = found["tasks_of_report"]
+    assert [task for task in SUITE.tasks if "expert_accuracy" in rows[task]] == [SUITE.tasks[-1]]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_an_order_that_grows(tmp_path: Path, kind: str) -> None:
     whole = fit(tmp_path, Sum(suite=SUITE), SequentialMerging())
