@@ -136,13 +136,13 @@ def against(results: Sequence[Result], rival: str = "opcm") -> str:
     for name, found in by_name.items():
         cells = []
         for column in ("average_accuracy", "backward_transfer"):
-            gaps = [
-                100 * (mine[column] - value)
-                for result in found
-                for (seed, order), mine in own.items()
-                if seed == result["seed"] and result["order"] in (order, AT_ONCE)
-                if (value := scored(result)[column]) is not None and mine[column] is not None
-            ]
+            gaps = []
+            for result in found:
+                value = scored(result)[column]
+                for (seed, order), metrics in own.items():
+                    mine, alike = metrics[column], seed == result["seed"] and result["order"] in (order, AT_ONCE)
+                    if alike and value is not None and mine is not None:
+                        gaps.append(100 * (mine - value))
             cells += [spread(gaps), f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"] if gaps else ["", ""]
         if name != rival:
             lines.append(f"| {name} | {' | '.join(cells)} |")

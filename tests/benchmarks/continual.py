@@ -84,12 +84,15 @@ def stream(cli: MergeCLI, factors: tuple[float, ...], folder: Path) -> dict[str,
     def closed(number: int) -> dict[str, Tensor]:
         result = close_stage(number)
         seconds.append(time.process_time() - began)
-        found = accuracies(model, model.merged_state(), "test", model.progress.order[: number + 1])
-        matrix.append([found.get(task) for task in model.progress.order])
+        assert model.progress is not None
+        order = model.progress.order
+        found = accuracies(model, model.merged_state(), "test", order[: number + 1])
+        matrix.append([found.get(task) for task in order])
         return result
 
-    model.open_stage, model.close_stage = opened, closed
+    model.open_stage, model.close_stage = opened, closed  # type: ignore[method-assign]
     cli.trainer.fit(model, datamodule=cli.datamodule)
+    assert model.progress is not None
     found = {"matrix": matrix, "seconds": seconds} | references(model, list(model.progress.history), folder)
     if factors:
         base, merged = model.bank.base, model.merged_state()
@@ -99,6 +102,7 @@ def stream(cli: MergeCLI, factors: tuple[float, ...], folder: Path) -> dict[str,
 
 def references(model: MergeModule, tasks: list[str], folder: Path) -> dict[str, Any]:
     """Accuracies of base and experts, kept per suite."""
+    assert isinstance(model.suite, MiniSuite)
     path = folder / f"references-{model.suite.seed}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if known.get("digest") != (digest := state_digest(model.suite.base())):
