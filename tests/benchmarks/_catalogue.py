@@ -95,12 +95,14 @@ def mean_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     for result in results:
         by_name.setdefault(result["name"], []).append(result)
     experts = {result["seed"]: result["tasks"] for result in by_name["experts"]}
-    rows = []
+    rows, seeds = [], sorted(experts)
     for name, found in by_name.items():
         chosen = sorted({result["chosen"] for result in found if result.get("chosen") is not None})
         norms = [fmean(a / experts[result["seed"]][t] for t, a in result["tasks"].items()) for result in found]
+        own = sorted(result["seed"] for result in found)
         row = {
             "name": f"{name}: {' or '.join(f'{value:g}' for value in chosen)}" if chosen else name,
+            "seeds": "" if own == seeds else f"seed {', '.join(map(str, own))} only",
             "accuracy": _moments([fmean(result["tasks"].values()) for result in found]),
             "normalized": _moments(norms),
             "seconds": min(result["seconds"] for result in found),
@@ -137,7 +139,11 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    name = row["name"] if row["networks"] == 1 else f"{row['name']} ({row['networks']} networks)"
+    notes = [
+        *([f"{row['networks']} networks"] if row["networks"] > 1 else []),
+        *([row["seeds"]] if row["seeds"] else []),
+    ]
+    name = f"{row['name']} ({', '.join(notes)})" if notes else row["name"]
     accuracy, normalized = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (row["accuracy"], row["normalized"]))
     costs = ["", ""]  # of base and experts
     if seconds := row["seconds"]:

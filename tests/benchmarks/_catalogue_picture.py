@@ -11,6 +11,7 @@ from _catalogue import Result, by_tasks, label_places, mean_rows, pareto_front  
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # after the backend
+from matplotlib.lines import Line2D
 
 KINDS = {  # what a merge sees: name, colour (Okabe and Ito's), marker
     "weights": ("sees weights only", "#0072B2", "o"),
@@ -39,8 +40,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
     _panel(by_seconds, timed, "CPU seconds to make one network for all tasks, one thread")
     by_seconds.axhline(experts, color="black", linewidth=0.8, linestyle=":")
     _annotate(by_seconds, "experts", (by_seconds.get_xlim()[0], experts))
-    handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, c, m in KINDS.values()]
-    handles.append(plt.Line2D([], [], color="grey", linewidth=1, label="Pareto front"))
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, c, m in KINDS.values()]
+    handles.append(Line2D([], [], color="grey", linewidth=1, label="Pareto front"))
     by_bytes.legend(handles=handles, loc="lower right", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
