@@ -46,7 +46,8 @@ def test_means_over_seeds_normalised_by_the_experts_of_the_seed() -> None:
 def test_the_table_shows_what_failed_and_keeps_other_tasks_apart() -> None:
     text = table([
         result("experts", 0, 0.9, 0.9), result("merge", 0, 0.45, 0.9, networks=2),
-        {"name": "bad", "seed": 0, "failed": "no rank"}, result("pair", 0, 0.9), result("experts", 0, 0.9), result("experts", 1, 0.9),
+        {"name": "bad", "seed": 0, "failed": "no rank"},
+        result("pair", 0, 0.9), result("experts", 0, 0.9), result("experts", 1, 0.9),
     ])  # fmt: skip
     first, second, last = text.split("\n\n")
     assert "| merge (2 networks) | weights | 67.5 ± 0.0 | 75.0 ± 0.0 | 2 | 0 | 1.00 |" in first
