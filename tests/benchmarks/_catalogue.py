@@ -89,7 +89,7 @@ def mean_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """One row per name out of the results of all seeds on one set of tasks, most accurate first.
 
     Accuracies are mean and deviation over seeds of means over tasks, in percent, normalised ones relative to the row
-    ``experts`` of the seed; seconds are the least of all seeds, whatever else the machine did; memory is the most.
+    ``experts`` of the seed; seconds and memory are the least of all seeds, whatever else the machine did.
     """
     by_name: dict[str, list[Result]] = {}
     for result in results:
@@ -106,7 +106,7 @@ def mean_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
             "accuracy": _moments([fmean(result["tasks"].values()) for result in found]),
             "normalized": _moments(norms),
             "seconds": min(result["seconds"] for result in found),
-            "peak_bytes": max(result["peak_bytes"] for result in found),
+            "peak_bytes": min(result["peak_bytes"] for result in found),
         }
         rows.append(row | {key: found[0][key] for key in ("sees", "networks", "stored_bytes")})
     return sorted(rows, key=lambda row: (-row["accuracy"][0], row["name"]))
