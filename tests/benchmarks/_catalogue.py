@@ -22,7 +22,7 @@ EXCLUDED = {
     "sequential-*": "merges experts as they arrive: see continual.py",
     "awm": "defends a merge that another method made: see backdoor_laboratory.py",
     "sau": "defends a merge that another method made: see backdoor_laboratory.py",
-    "dam-released": "DAM as in its authors' code, to be compared with dam.yaml: see backdoor_laboratory.py",
+    "dam*": "merges a laboratory with a poisoned expert; scored on clean experts too in backdoor_laboratory.py",
 }
 SCALES = tuple(s / 10 for s in range(1, 11))
 Result = Mapping[str, Any]
@@ -77,11 +77,7 @@ def entries() -> list[Entry]:
         bare = name.removesuffix(".yaml")
         if "/" in name or "model" not in content or any(fnmatchcase(bare, pattern) for pattern in EXCLUDED):
             continue
-        clean = content["suite"]["class_path"].endswith(".MiniSuite")
-        if clean:
-            found.append(Entry(bare, bare))
-        else:  # a laboratory, with a poisoned expert
-            found.append(Entry(f"{bare}, clean experts", bare, ("--suite=lit_merge.suites.MiniSuite",)))
+        found.append(Entry(bare, bare))
     return [*found, *TUNED]
 
 
