@@ -22,7 +22,7 @@ EXCLUDED = {
     "sequential-*": "merges experts as they arrive: see continual.py",
     "awm": "defends a merge that another method made: see backdoor_laboratory.py",
     "sau": "defends a merge that another method made: see backdoor_laboratory.py",
-    "dam-released": "DAM as in its authors' code, to be compared with dam.yaml: see backdoor_laboratory.py",
+    "dam*": "merges a laboratory with a poisoned expert; scored on clean experts too in backdoor_laboratory.py",
 }
 SCALES = tuple(s / 10 for s in range(1, 11))
 Result = Mapping[str, Any]
@@ -77,11 +77,7 @@ def entries() -> list[Entry]:
         bare = name.removesuffix(".yaml")
         if "/" in name or "model" not in content or any(fnmatchcase(bare, pattern) for pattern in EXCLUDED):
             continue
-        clean = content["suite"]["class_path"].endswith(".MiniSuite")
-        if clean:
-            found.append(Entry(bare, bare))
-        else:  # a laboratory, with a poisoned expert
-            found.append(Entry(f"{bare}, clean experts", bare, ("--suite=lit_merge.suites.MiniSuite",)))
+        found.append(Entry(bare, bare))
     return [*found, *TUNED]
 
 
@@ -89,22 +85,24 @@ def mean_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
     """One row per name out of the results of all seeds on one set of tasks, most accurate first.
 
     Accuracies are mean and deviation over seeds of means over tasks, in percent, normalised ones relative to the row
-    ``experts`` of the seed; seconds are the least of all seeds, whatever else the machine did; memory is the most.
+    ``experts`` of the seed; seconds and memory are the least of all seeds, whatever else the machine did.
     """
     by_name: dict[str, list[Result]] = {}
     for result in results:
         by_name.setdefault(result["name"], []).append(result)
     experts = {result["seed"]: result["tasks"] for result in by_name["experts"]}
-    rows = []
+    rows, seeds = [], sorted(experts)
     for name, found in by_name.items():
         chosen = sorted({result["chosen"] for result in found if result.get("chosen") is not None})
         norms = [fmean(a / experts[result["seed"]][t] for t, a in result["tasks"].items()) for result in found]
+        own = sorted(result["seed"] for result in found)
         row = {
             "name": f"{name}: {' or '.join(f'{value:g}' for value in chosen)}" if chosen else name,
+            "seeds": "" if own == seeds else f"seed {', '.join(map(str, own))} only",
             "accuracy": _moments([fmean(result["tasks"].values()) for result in found]),
             "normalized": _moments(norms),
             "seconds": min(result["seconds"] for result in found),
-            "peak_bytes": max(result["peak_bytes"] for result in found),
+            "peak_bytes": min(result["peak_bytes"] for result in found),
         }
         rows.append(row | {key: found[0][key] for key in ("sees", "networks", "stored_bytes")})
     return sorted(rows, key=lambda row: (-row["accuracy"][0], row["name"]))
@@ -137,7 +135,11 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    name = row["name"] if row["networks"] == 1 else f"{row['name']} ({row['networks']} networks)"
+    notes = [
+        *([f"{row['networks']} networks"] if row["networks"] > 1 else []),
+        *([row["seeds"]] if row["seeds"] else []),
+    ]
+    name = f"{row['name']} ({', '.join(notes)})" if notes else row["name"]
     accuracy, normalized = (f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in (row["accuracy"], row["normalized"]))
     costs = ["", ""]  # of base and experts
     if seconds := row["seconds"]:

@@ -11,6 +11,7 @@ from _catalogue import Result, by_tasks, label_places, mean_rows, pareto_front  
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt  # after the backend
+from matplotlib.lines import Line2D
 
 KINDS = {  # what a merge sees: name, colour (Okabe and Ito's), marker
     "weights": ("sees weights only", "#0072B2", "o"),
@@ -19,6 +20,7 @@ KINDS = {  # what a merge sees: name, colour (Okabe and Ito's), marker
     "test images": ("adapts on unlabelled test images", "#D55E00", "^"),
     "": ("base and experts", "#000000", "*"),
 }
+LEAST = 0.1  # seconds: below, they are those of making a module
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
@@ -35,12 +37,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
     by_bytes.set_xticks(ticks, [str(tick) for tick in ticks])
     by_bytes.set_xticks([], minor=True)
     _annotate(by_bytes, "base", (1, known["base"]["accuracy"][0]))
-    timed = [(row["seconds"], row) for row in rows if row["seconds"] and row["networks"] == 1]
-    _panel(by_seconds, timed, "CPU seconds to make one network for all tasks, one thread")
+    timed = [(max(row["seconds"], LEAST), row) for row in rows if row["seconds"] and row["networks"] == 1]
+    _panel(by_seconds, timed, f"CPU seconds to make one network for all tasks, one thread ({LEAST}: or less)")
     by_seconds.axhline(experts, color="black", linewidth=0.8, linestyle=":")
     _annotate(by_seconds, "experts", (by_seconds.get_xlim()[0], experts))
-    handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, c, m in KINDS.values()]
-    handles.append(plt.Line2D([], [], color="grey", linewidth=1, label="Pareto front"))
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, c, m in KINDS.values()]
+    handles.append(Line2D([], [], color="grey", linewidth=1, label="Pareto front"))
     by_bytes.legend(handles=handles, loc="lower right", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -64,7 +66,9 @@ def _panel(axes: Any, points: Sequence[tuple[float, dict[str, Any]]], label: str
     to_fraction = axes.transScale + axes.transLimits
     fractions = [to_fraction.transform(places[name])[0] for name in front]
     heights = [places[name][1] for name in front]
-    where = label_places(list(zip(fractions, heights, strict=True)), [0.013 * len(n) for n in front], (high - low) / 28)
+    where = label_places(
+        list(zip(fractions, heights, strict=True)), [0.02 + 0.013 * len(n) for n in front], (high - low) / 28
+    )
     for name, (left, height) in zip(front, where, strict=True):
         x = to_fraction.inverted().transform((left, 0))[0]
         axes.annotate(name, places[name], xytext=(x, height), va="center", fontsize=9,

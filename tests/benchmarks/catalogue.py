@@ -47,7 +47,8 @@ from lit_merge.checkpoints import write_json
 from lit_merge.cli import MergeCLI
 from lit_merge.cli import main as command
 from lit_merge.data_free_module import DataFreeModule
-from lit_merge.methods import SimpleAverage
+from lit_merge.methods import SimpleAverage, TsvCompress
+from lit_merge.methods._per_task import PerTaskModule
 from lit_merge.task_vectors import TaskVectors
 
 FORK = multiprocessing.get_context("fork")
@@ -120,7 +121,7 @@ def made(arguments: list[str], meter: Meter) -> MergeModule:
 
 def networks(model: MergeModule) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
     """The network for all tasks, or one after the other those of each."""
-    if hasattr(model, "task_state"):
+    if isinstance(model, PerTaskModule | TsvCompress):
         yield from (((task,), model.task_state(task)) for task in model.suite.tasks)
     else:
         yield model.suite.tasks, model.merged_state()
@@ -157,14 +158,16 @@ def measure(entry: Entry, seed: int, folder: str) -> dict[str, Any]:
     model = made([*arguments, *fixed], meter)
     spent, peak = spent or meter.seconds, peak or meter.peak_bytes
     found: dict[str, float] = {}
+    count = 0
     for tasks, state in networks(model):
+        count += 1
         found |= accuracies(model, state, "test", tasks)
     return {
         "chosen": chosen,
         "sees": "training labels" if entry.grid else sees(model),
         "seconds": spent,
         "peak_bytes": peak,
-        "networks": len(model.suite.tasks) if hasattr(model, "task_state") else 1,
+        "networks": count,
         "stored_bytes": model.stored_bytes,
         "tasks": {
             task: a for some, state in networks(model) for task, a in accuracies(model, state, "test", some).items()

@@ -47,7 +47,8 @@ def row(module: MergeModule, state: Mapping[str, Tensor], experts: Mapping[str, 
 
 def best_scale(module: MergeModule, merge: Callable[[float], Mapping[str, Tensor]], split: Split) -> float:
     """Scale with the highest mean accuracy on one split; the smaller one if equal."""
-    return max(SCALES, key=lambda s: fmean(accuracies(module, module.complete(merge(s)), split).values()))
+    scale: float = max(SCALES, key=lambda s: fmean(accuracies(module, module.complete(merge(s)), split).values()))
+    return scale
 
 
 def data_free(suite: Suite, experts: Mapping[str, float]) -> dict[str, Row]:
