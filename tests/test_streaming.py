@@ -27,6 +27,7 @@ TENSOR: list[tuple[str, dict[str, Any]]] = [
     ("KarcherMean", {}), ("Slerp", {}), ("NuSlerp", {}), ("Lines", {}), ("TsvMerge", {}), ("TsvCompress", {}),
     ("Svc", {}),
     ("TsvMerge", {"exclude": ["embed*"]}), ("IsoC", {"scale": [0.5, 1.5]}), ("IsoCts", {}),
+    ("Ties", {"per": "tensor"}),
 ]  # fmt: skip
 STATISTICS: list[tuple[str, dict[str, Any]]] = [
     ("Ties", {}), ("Ties", {"reduce": "sum", "scale": 0.3}), ("Della", {}), ("Pcb", {}),
@@ -39,7 +40,7 @@ STATISTICS: list[tuple[str, dict[str, Any]]] = [
     ("Knots", {"reduce": "sum", "weighted": False}),
 ]  # fmt: skip
 BEFORE: list[list[transforms.Transform]] = [
-    [transforms.Dare(0.3)], [transforms.MagPrune()], [transforms.Ties(0.4)], [transforms.Lines()],
+    [transforms.Dare(0.3)], [transforms.MagPrune()], [transforms.Ties(0.4, "tensor")], [transforms.Lines()],
     [transforms.Breadcrumbs(0.3, 0.1), transforms.Ties(0.5), transforms.Dare(0.2)], [transforms.Consensus()],
     [transforms.Breadcrumbs(0.3, 0.1, per="network"), transforms.Lines()],
 ]  # fmt: skip

@@ -19,6 +19,7 @@ _STRONG = 32  # directions that are looked for in float64
 _READINGS = 6  # of the Gram matrix by the power iteration
 _RESIDUAL = 1e-8  # relative to the eigenvalue, of a direction that is taken out
 _FLAT = 64.0  # largest λ / smallest that is needed, for float32: an error of 32 · eps in a singular vector
+_SPREAD = 1e8  # largest λ_1 / λ, for float32: a strong direction is in a weak vector by 1e-8 · λ_1 / λ at worst
 _LEAST = 256  # rows from which float32 is worth the trouble
 
 
@@ -83,9 +84,10 @@ def eigenvectors(matrix: Tensor, count: int, *, single: bool = True) -> tuple[Te
         matrix: AᵀA in float64, ``(n, n)``; it is overwritten.
         count: How many, in [1, n].
         single: Whether to try float32. It is taken only if the eigenvalues that are left after the strongest
-            directions differ by less than a factor of 64 down to the last that is asked for; the relative error of a
-            singular vector is then a few 1e-6, divided by its relative distance to the next ones, which is less than
-            that of a singular value decomposition in float32 where σ_1 is much larger than the last.
+            directions differ by less than a factor of 64 down to the last that is asked for, and λ_1 is at most 1e8
+            times the last; the relative error of a singular vector is then a few 1e-6, divided by its relative distance
+            to the next ones, which is less than that of a singular value decomposition in float32 where σ_1 is much
+            larger than the last.
 
     Returns:
         Values ``(count,)`` in float64, in increasing order; vectors ``(n, count)``, in float32 or float64.
@@ -111,7 +113,8 @@ def _mostly_single(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     rest = matrix.to(torch.float32) if not len(values) else _without(matrix, values, strong)
     weak, vectors = torch.linalg.eigh(rest)
     left = count - len(values)
-    if left <= 0 or not float(weak[-1]) < _FLAT * float(weak[size - left]):
+    least = 0.0 if left <= 0 else float(weak[size - left])
+    if not float(weak[-1]) < _FLAT * least or (len(values) and float(values[-1]) > _SPREAD * least):
         return None
     both = torch.cat([weak[size - left :].double(), values])
     order = both.argsort(stable=True)

@@ -1,7 +1,8 @@
 """TIES: trim, elect signs, merge what agrees.
 
 Source: Yadav et al., TIES-Merging, section 4 and algorithm 1, arXiv 2306.01708.
-All tensors of a task form one vector: trimming is global, so a tensor that changed little may vanish.
+All tensors of a task form one vector: trimming is global, so a tensor that changed little may vanish. ``per="tensor"``
+takes every tensor for itself, as mergekit does.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.scopes import wide
+from lit_merge.functional.scopes import check_scope, wide
 from lit_merge.functional.selection import kth_magnitude, kth_magnitudes
 from lit_merge.functional.side_by_side import side_by_side
 
 __all__ = (
     "TiesFacts",
+    "TiesScope",
     "disjoint_mean_merge",
     "elect_signs",
     "majority_sign",
@@ -30,6 +32,7 @@ __all__ = (
 
 
 Reduce = Literal["mean", "sum"]
+TiesScope = Literal["network", "tensor"]
 
 _ENTRIES = 2**16  # that are merged at once: a cache holds them for eight tasks
 
@@ -156,7 +159,13 @@ def elect_signs(deltas: Mapping[str, Tensor], *, majority: float | None = None) 
     return {name: sign.masked_fill_(sign == 0, majority) for name, sign in signs.items()}
 
 
-def ties(deltas: Mapping[str, Tensor], density: float = 0.2, *, facts: TiesFacts | None = None) -> dict[str, Tensor]:
+def ties(
+    deltas: Mapping[str, Tensor],
+    density: float = 0.2,
+    *,
+    per: TiesScope = "network",
+    facts: TiesFacts | None = None,
+) -> dict[str, Tensor]:
     """Trim each task vector and zero the entries whose sign lost the election.
 
     The result is still one vector per task: its sum is the TIES merge with disjoint sum, and
@@ -165,19 +174,23 @@ def ties(deltas: Mapping[str, Tensor], density: float = 0.2, *, facts: TiesFacts
     Args:
         deltas: Task vectors, ``(T, *shape)`` each.
         density: Share of entries that stay in trimming, in (0, 1]; 0.2 is the published value.
-        facts: What :func:`ties_facts` said, where ``deltas`` is a piece of the network.
+        per: Trimming and majority are those of the ``network``, as published, or of each ``tensor``, as in mergekit.
+        facts: What :func:`ties_facts` said, where ``deltas`` is a piece of the network and ``per`` is that.
 
     Returns:
         Task vectors, ``(T, *shape)`` each, whose entries agree in sign across tasks.
 
     Raises:
-        MergeError: ``density`` is outside (0, 1].
+        MergeError: ``density`` is outside (0, 1], or ``per`` is unknown.
 
     >>> import torch
     >>> ties({"w": torch.tensor([[5.0, -4.0, 0.1, 0.2], [3.0, 6.0, 0.2, 0.1]])}, density=0.5)
     {'w': tensor([[5., 0., 0., 0.],
             [3., 6., 0., 0.]])}
     """
+    check_scope(per, get_args(TiesScope))
+    if per == "tensor":
+        return {name: ties({name: delta}, density)[name] for name, delta in deltas.items()}
     kept = trim(deltas, density, thresholds=None if facts is None else facts.thresholds)
     signs = elect_signs(kept, majority=None if facts is None else facts.majority)
     for name, delta in kept.items():
@@ -210,7 +223,12 @@ def disjoint_mean_merge(deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ties_merge(
-    deltas: Mapping[str, Tensor], density: float = 0.2, reduce: Reduce = "mean", *, facts: TiesFacts | None = None
+    deltas: Mapping[str, Tensor],
+    density: float = 0.2,
+    reduce: Reduce = "mean",
+    *,
+    per: TiesScope = "network",
+    facts: TiesFacts | None = None,
 ) -> dict[str, Tensor]:
     """Merge by TIES: what :func:`ties` and :func:`disjoint_mean_merge` do one after the other, in one go.
 
@@ -220,13 +238,14 @@ def ties_merge(
         deltas: Task vectors, ``(T, *shape)`` each.
         density: Share of entries that stay in trimming, in (0, 1].
         reduce: ``mean`` over the tasks that kept an entry, or ``sum``.
-        facts: What :func:`ties_facts` said, where ``deltas`` is a piece of the network.
+        per: See :func:`ties`.
+        facts: What :func:`ties_facts` said, where ``deltas`` is a piece of the network and ``per`` is that.
 
     Returns:
         Merged task vector, ``(*shape)`` each, at least float32; zero where every task is zero.
 
     Raises:
-        MergeError: ``density`` is outside (0, 1], or ``reduce`` is unknown.
+        MergeError: ``density`` is outside (0, 1], or ``reduce`` or ``per`` is unknown.
 
     >>> import torch
     >>> ties_merge({"w": torch.tensor([[5.0, -4.0, 0.1, 0.2], [3.0, 6.0, 0.2, 0.1]])}, density=0.5)
@@ -235,6 +254,9 @@ def ties_merge(
     _check(density)
     if reduce not in get_args(Reduce):
         raise MergeError(f"reduce: expected mean or sum, found {reduce!r}")
+    check_scope(per, get_args(TiesScope))
+    if per == "tensor":
+        return {name: ties_merge({name: delta}, density, reduce)[name] for name, delta in deltas.items()}
     limits = _thresholds(deltas, density) if facts is None else facts.thresholds
     merged, pieces, device = {}, list[tuple[Tensor, Tensor]](), _device(deltas)
     entries = _ENTRIES if device.type == "cpu" else 64 * _ENTRIES

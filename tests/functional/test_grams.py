@@ -39,11 +39,12 @@ def test_strong_directions_do_not_spoil_weak_ones(strong: float, dtype: torch.dt
     assert bool((values[1:] >= values[:-1]).all())
 
 
-@pytest.mark.parametrize("spectrum", ["steep", "low rank", "zero"])
+@pytest.mark.parametrize("spectrum", ["steep", "far apart", "low rank", "zero"])
 def test_float32_is_left_alone_where_it_is_not_good_enough(spectrum: str) -> None:
     scale = torch.logspace(0, -6, 300, dtype=torch.float64)
     given = {
         "steep": torch.linalg.qr(random(300, 300).double()).Q * scale,
+        "far apart": torch.linalg.qr(random(300, 300).double()).Q * torch.ones(300).index_fill(0, torch.arange(8), 1e5),
         "low rank": noisy(300, 300, 1.0).double() * (torch.arange(300) < 20),
         "zero": torch.zeros(300, 300).double(),
     }

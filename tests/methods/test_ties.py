@@ -9,6 +9,7 @@ from testers import MergeTester
 from toys import ToySuite
 
 from lit_merge import MergeError, Ties
+from lit_merge.functional import disjoint_mean_merge, ties, ties_merge
 
 
 def numpy_ties(flat: np.ndarray, density: float, reduce: str) -> np.ndarray:
@@ -48,3 +49,15 @@ class TestTies(MergeTester):
     def test_names_an_unknown_reduction(self) -> None:
         with pytest.raises(MergeError, match=r"Ties\.reduce: expected mean or sum, found 'max'"):
             Ties(suite=ToySuite(), reduce="max")  # type: ignore[arg-type]
+
+
+def test_tensors_are_trimmed_for_themselves_if_asked() -> None:
+    deltas = {"large": torch.tensor([[8.0, -4.0], [-8.0, 6.0]]), "small": torch.tensor([[0.1, 0.4], [0.2, -0.5]])}
+    assert not ties(deltas, 0.5)["small"].any()
+    found = ties_merge(deltas, 0.5, per="tensor")
+    # large: 8 and -8 cancel, and no other entry votes: the positive one stays
+    torch.testing.assert_close(found, {"large": torch.tensor([8.0, 0.0]), "small": torch.tensor([0.0, -0.5])})
+    split = ties(deltas, 0.5, per="tensor")
+    torch.testing.assert_close(found, disjoint_mean_merge(split))
+    with pytest.raises(MergeError, match="per: expected network or tensor, found 'row'"):
+        ties_merge(deltas, per="row")  # type: ignore[arg-type]
