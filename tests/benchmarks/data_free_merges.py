@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def ours(method: str, deltas: Tensors, grams: Tensors, steps: int) -> Tensors:
                 problem = DogeProblem(batch)
                 learned |= zip(names[part], descend(problem, steps, 1e-4), strict=True)
         return learned
-    rule: Any = {"ties": ties_merge, "tsv": tsv_merge, "iso-c": iso_c, "iso-cts": iso_cts}[method]
+    everything = partial(iso_c, tolerance=0)  # the textbook keeps a direction of 1e-6, too, and so does this
+    rule: Any = {"ties": ties_merge, "tsv": tsv_merge, "iso-c": everything, "iso-cts": iso_cts}[method]
     found: Tensors = rule(deltas)
     return found
 
