@@ -30,7 +30,8 @@ def summary(module: MergeModule, data: str) -> dict[str, Any]:
     Returns:
         ``order``, ``stages``, ``tasks`` (the columns of the matrix: those that were merged, in their order, then the
         others that were scored), ``matrix``: accuracy after each stage, null where a task was not scored,
-        ``base_accuracy``, ``expert_accuracy`` and ``metrics``. Plain data.
+        ``base_accuracy``, ``expert_accuracy``, ``metrics``, and ``removal``: what taking each expert out again would
+        need. Plain data.
     """
     progress = module.progress
     assert progress is not None
@@ -53,7 +54,14 @@ def summary(module: MergeModule, data: str) -> dict[str, Any]:
         "base_accuracy": base,
         "expert_accuracy": experts,
         "metrics": _metrics(matrix, base, experts) if scored else {},
+        "removal": {task: _removal(module, task) for task in history},
     }
+
+
+def _removal(module: MergeModule, task: str) -> dict[str, Any]:
+    assert module.progress is not None
+    found = module.removal(task, module.progress.history, module.progress.numbers)
+    return {"exact": found.exact, "needs": list(found.needs), "how": found.how}
 
 
 def _metrics(matrix: list[Row], base: Row, experts: Row) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def test_a_sum_of_experts_with_their_statistics(tmp_path: Path) -> None:
         torch.testing.assert_close(merged[name], expected)
     assert found["order"] == found["tasks"] == ["task.c", "task.a", "task.b"]
     assert [stage["numbers"]["seen"] for stage in found["stages"]][1] == ["task.c", "task.a"]
+    assert found["removal"]["task.a"]["needs"] == ["task.a"]
+    assert found["removal"]["task.a"]["exact"]
     files = [f"stage_00{number}.safetensors" for number in (1, 2, 3)]
     assert sorted(path.name for path in tmp_path.glob("stage*")) == files
     last = load_file(tmp_path / files[2])
