@@ -154,8 +154,9 @@ def best_scales(results: Sequence[Result]) -> str:
     lines = ["| order and experts as in the first run | accuracy | at the best factor | factor |", "|" + " --- |" * 4]
     for result in results:
         if scales := result.get("scales"):
-            factor = max(scales, key=lambda s: scales[s])
             accuracy = scored(result)["average_accuracy"] or 0.0
+            scales = {"1": accuracy, **scales}
+            factor = max(scales, key=lambda s: scales[s])
             lines.append(f"| {result['name']} | {100 * accuracy:.1f} | {100 * scales[factor]:.1f} | {factor} |")
     return "\n".join(lines)
 

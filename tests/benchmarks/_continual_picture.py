@@ -34,13 +34,17 @@ def curves(results: Sequence[Result], path: Path) -> None:
         axes.plot(stages, mean, color=colour, linewidth=1.8, marker="o", markersize=3)
         axes.fill_between(stages, mean - deviation, mean + deviation, color=colour, alpha=0.08, linewidth=0)
         ends.append((float(mean[-1]), name, colour))
-    low, high = axes.get_ylim()
-    heights = _apart([end for end, _, _ in sorted(ends)], (high - low) / 24)
+    ends.sort()
+    floor = ends[min(1, len(ends) - 1)][0] - 6  # one method that breaks down would leave no room for the others
+    low, high = max(axes.get_ylim()[0], floor), axes.get_ylim()[1]
+    axes.set_ylim(low, high)
+    places = [max(end, low + (high - low) / 40) for end, _, _ in ends]
     last = max(len(found[0]["matrix"]) for found in streams.values())
-    for (end, name, colour), height in zip(sorted(ends), heights, strict=True):
-        axes.annotate(f"{name}  {end:.1f}", (last, end), xytext=(last + 0.25, height), color=colour, va="center",
-                      fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5})  # fmt: skip
-    axes.set_xlim(0.8, last + 2.6)
+    for (end, name, colour), place, height in zip(ends, places, _apart(places, (high - low) / 24), strict=True):
+        axes.annotate(f"{name}  {end:.1f}", (last, place), xytext=(last + 0.35, height), color=colour, va="center",
+                      fontsize=9, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5,
+                                              "relpos": (0, 0.5), "shrinkA": 0})  # fmt: skip
+    axes.set_xlim(0.8, last + 2.9)
     axes.set_xticks(range(1, last + 1))
     axes.set_xlabel("experts that have come")
     axes.set_ylabel("mean accuracy on their tasks, percent")
