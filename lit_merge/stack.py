@@ -1,9 +1,8 @@
-"""Storage of the bank: one contiguous row per task."""
+"""Arithmetic of the bank: what merges its tensors, and what brings gradients back; see lit_merge.storage."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,14 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
+from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
+from lit_merge.storage.dense import DenseStorage
 
 __all__ = ("Stack",)
 
 
 class Stack(nn.Module):
-    """Base ``(P,)`` and differences ``(T, P)`` of a list of tensors, as two non-persistent buffers.
-
-    The base is held in the widest dtype of its tensors, so that every one comes back exactly.
+    """Base ``(P,)`` and differences ``(T, P)`` of a list of tensors, and the arithmetic on them.
 
     Args:
         names: Names of the tensors, in their order.
@@ -27,10 +26,11 @@ class Stack(nn.Module):
         tasks: Number of rows.
         dtype: Storage of the differences; by default at least float32.
         widest: Dtype that the base is held in at least: that of the network of which this is a piece.
-    """
+        storage: How they are kept.
 
-    _base: Tensor
-    _deltas: Tensor
+    Attributes:
+        storage: How they are kept.
+    """
 
     def __init__(
         self,
@@ -39,59 +39,55 @@ class Stack(nn.Module):
         tasks: int,
         dtype: torch.dtype | None = None,
         widest: torch.dtype | None = None,
+        storage: StorageFactory = DenseStorage,
     ) -> None:
         super().__init__()
-        self.names = tuple(names)
-        self._layout: dict[str, tuple[slice, torch.Size, torch.dtype]] = {}
-        wide, start = torch.float32 if not names else base[names[0]].dtype, 0
-        wide = wide if widest is None else torch.promote_types(wide, widest)
-        for name in self.names:
-            value = base[name]
-            self._layout[name] = (slice(start, start := start + value.numel()), value.shape, value.dtype)
-            wide = torch.promote_types(wide, value.dtype)
-        self.compute_dtype = torch.promote_types(wide, torch.float32)
-        device = base[names[0]].device if names else torch.device("cpu")
-        self.register_buffer("_base", torch.empty(start, dtype=wide, device=device), persistent=False)
-        store = dtype or self.compute_dtype
-        self.register_buffer("_deltas", _zeros(tasks, start, store, device), persistent=False)
-        for name, (part, _, _) in self._layout.items():
-            self._base[part] = base[name].detach().flatten().to(wide)
+        layout = layout_of(names, base, widest)
+        self._use(storage(layout, base, tasks, dtype or layout.compute_dtype))
+
+    def _use(self, storage: Storage) -> None:
+        self.storage, self.layout = storage, storage.layout
+        self.names, self.compute_dtype = self.layout.names, self.layout.compute_dtype
+        self._columns = self.layout.columns()
 
     @property
     def device(self) -> torch.device:
-        """Where the bank is."""
-        return self._base.device
+        """Where the arithmetic is done."""
+        return self.storage.device
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each tensor."""
-        return tuple(part.stop - part.start for part, _, _ in self._layout.values())
+        return self.layout.sizes
 
     def put(self, row: int, name: str, value: Tensor) -> None:
         """Store ``value`` − base; names that are not in the stack are left to others."""
-        if name in self._layout:
-            part = self._layout[name][0]
-            wide = value.detach().flatten().to(self._base.device, self.compute_dtype)
-            base = self._base[part]
-            self._deltas[row, part] = wide.sub_(base) if wide.dtype != value.dtype else wide - base  # a copy is ours
+        if name in self._columns:
+            self.storage.put(row, self._columns[name], value)
 
     def base(self) -> dict[str, Tensor]:
         """Tensors of the base, in their own dtypes."""
-        return self._unflatten(self._base)
+        return {name: self._shaped(column, self.storage.base(column)) for column, name in enumerate(self.names)}
 
     def row(self, row: int) -> dict[str, Tensor]:
         """Base + difference number ``row``."""
-        return self._unflatten(self._base + self._deltas[row].to(self.compute_dtype))
+        compute = self.compute_dtype
+        return {
+            name: self._shaped(column, self.storage.base(column) + self.storage.row(row, column).to(compute))
+            for column, name in enumerate(self.names)
+        }
 
     def mean(self) -> dict[str, Tensor]:
         """Base + mean difference."""
-        return {name: (self._base[part] + self._rows(part).mean(0)).to(dtype).reshape(shape)
-                for name, (part, shape, dtype) in self._layout.items()}  # fmt: skip
+        return {
+            name: self._shaped(column, self.storage.base(column) + self._rows(column).mean(0))
+            for column, name in enumerate(self.names)
+        }
 
-    def views(self) -> dict[str, Tensor]:
-        """Differences by name, ``(T, *shape)``, without a copy."""
-        return {name: self._deltas[:, part].unflatten(1, shape) if shape else self._deltas[:, part.start]
-                for name, (part, shape, _) in self._layout.items()}  # fmt: skip
+    def views(self) -> Mapping[str, Tensor]:
+        """Differences by name, ``(T, *shape)``; without a copy where they are in memory, else made when asked for."""
+        found = _Views(self)
+        return dict(found) if self.storage.views else found
 
     def replaced(self, deltas: Mapping[str, Tensor]) -> Self:
         """Return a stack with the same base and other differences.
@@ -101,17 +97,20 @@ class Stack(nn.Module):
         """
         if set(deltas) != set(self.names):
             raise MergeError(f"transform: changed the names of the tensors: {sorted(set(deltas) ^ set(self.names))}")
-        new = type(self)((), {}, 0)
-        new.names, new._layout, new.compute_dtype = self.names, self._layout, self.compute_dtype
-        new._base, new._deltas = self._base, _zeros(len(self._deltas), len(self), self._deltas.dtype, self.device)
-        for name, old in self.views().items():
-            if deltas[name].shape != old.shape:
-                raise MergeError(
-                    f"transform: {name}: expected shape {tuple(old.shape)}, found {tuple(deltas[name].shape)}"
-                )
-            if not torch.isfinite(deltas[name]).all():
-                raise MergeError(f"transform: {name}: made a value that is not finite")
-            new._deltas[:, self._layout[name][0]] = deltas[name].reshape(len(old), -1).to(self._deltas.dtype)
+
+        def checked() -> Iterator[tuple[int, Tensor]]:
+            tasks = self.storage.tasks
+            for column, (name, shape) in enumerate(zip(self.names, self.layout.shapes, strict=True)):
+                value = deltas[name]
+                if value.shape != (tasks, *shape):
+                    raise MergeError(f"transform: {name}: expected shape {(tasks, *shape)}, found {tuple(value.shape)}")
+                if not torch.isfinite(value).all():
+                    raise MergeError(f"transform: {name}: made a value that is not finite")
+                yield column, value.reshape(tasks, -1)
+
+        new = type(self).__new__(type(self))
+        nn.Module.__init__(new)
+        new._use(self.storage.replaced(checked()))
         return new
 
     def contract(self, coefficients: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
@@ -124,28 +123,25 @@ class Stack(nn.Module):
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""
-        merged = []
-        for column, (part, shape, dtype) in enumerate(self._layout.values()):
-            value = torch.addmv(self._base[part].to(self.compute_dtype), self._rows(part).T, coefficients[:, column])
-            merged.append(value.to(dtype).reshape(shape))
-        return tuple(merged)
+        return tuple(self._shaped(column, block.merge(coefficients[:, column])) for column, block in self._walk())
 
     def inner_products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Backward half of :meth:`contract`: ⟨dL/dθ_l, τ_{t,l}⟩ as ``(T, L)``, one pass over the bank."""
-        result = self._deltas.new_zeros(len(self._deltas), len(self.names), dtype=self.compute_dtype)
-        for column, (gradient, (part, _, _)) in enumerate(zip(gradients, self._layout.values(), strict=True)):
-            if gradient is not None:
-                result[:, column] = torch.mv(self._rows(part), gradient.flatten().to(self.compute_dtype))
+        result = torch.zeros(self.storage.tasks, len(self.names), dtype=self.compute_dtype, device=self.device)
+        for column, block in self._walk(gradients):
+            gradient = gradients[column]
+            assert gradient is not None
+            result[:, column] = block.products(gradient.flatten().to(self.compute_dtype))
         return result
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
         merged = []
-        for column, (part, shape, dtype) in enumerate(self._layout.values()):
+        for column, block in self._walk():
+            part = self.layout.parts[column]
             factor = mask.recipe(column, *(x[part] for x in mask.logits))
-            offset = self._rows(part).T.mv(coefficients[:, column])
-            value = torch.addcmul(self._base[part].to(self.compute_dtype), factor, offset)
-            merged.append(value.to(dtype).reshape(shape))
+            offset = block.offset(coefficients[:, column])
+            merged.append(self._shaped(column, torch.addcmul(block.base(), factor, offset)))
         return tuple(merged)
 
     def masked_gradients(
@@ -165,19 +161,19 @@ class Stack(nn.Module):
         """
         products = torch.zeros_like(coefficients) if wanted[0] else None
         slopes = [torch.zeros_like(x) if want else None for x, want in zip(mask.logits, wanted[1:], strict=True)]
-        for column, (gradient, (part, _, _)) in enumerate(zip(gradients, self._layout.values(), strict=True)):
-            if gradient is None:
-                continue
-            gradient = gradient.flatten().to(self.compute_dtype)
+        for column, block in self._walk(gradients):
+            given, part = gradients[column], self.layout.parts[column]
+            assert given is not None
+            gradient = given.flatten().to(self.compute_dtype)
             with torch.enable_grad():
                 pieces = [
                     x.detach()[part].requires_grad_(s is not None) for x, s in zip(mask.logits, slopes, strict=True)
                 ]
                 factor = mask.recipe(column, *pieces)
             if products is not None:
-                products[:, column] = self._rows(part).mv(gradient * factor.detach())
+                products[:, column] = block.products(gradient * factor.detach())
             if factor.requires_grad:
-                outer = gradient * self._rows(part).T.mv(coefficients[:, column])
+                outer = gradient * block.offset(coefficients[:, column])
                 asked = [(x, s) for x, s in zip(pieces, slopes, strict=True) if s is not None]
                 found = torch.autograd.grad(factor, [x for x, _ in asked], outer, allow_unused=True)
                 for (_, slope), value in zip(asked, found, strict=True):
@@ -185,20 +181,39 @@ class Stack(nn.Module):
                         slope[part] = value
         return products, *slopes
 
-    def _rows(self, part: slice) -> Tensor:
-        return self._deltas[:, part].to(self.compute_dtype)
+    def _walk(self, gradients: Sequence[Tensor | None] | None = None) -> Iterator[tuple[int, Block]]:
+        """All tensors, or those that have a gradient."""
+        every = range(len(self.names))
+        return self.storage.walk(every if gradients is None else [c for c in every if gradients[c] is not None])
 
-    def _unflatten(self, flat: Tensor) -> dict[str, Tensor]:
-        return {name: flat[part].to(dtype).reshape(shape) for name, (part, shape, dtype) in self._layout.items()}
+    def _rows(self, column: int) -> Tensor:
+        return self.storage.rows(column).to(self.compute_dtype)
+
+    def _shaped(self, column: int, flat: Tensor) -> Tensor:
+        """Give a merged tensor its dtype and shape."""
+        return flat.to(self.layout.dtypes[column]).reshape(self.layout.shapes[column])
 
     def __len__(self) -> int:
         """Number of values per task."""
-        return math.prod(self._base.shape)
+        return len(self.layout)
 
 
-def _zeros(tasks: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros ``(T, P)``; a single column has the stride of one of many, as that decides on the order of sums over T."""
-    return torch.zeros(tasks, max(size, 2), dtype=dtype, device=device)[:, :size]
+class _Views(Mapping[str, Tensor]):
+    """Differences by name, fetched when they are asked for."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    def __getitem__(self, name: str) -> Tensor:
+        column = self._stack._columns[name]
+        rows, shape = self._stack.storage.rows(column), self._stack.layout.shapes[column]
+        return rows.unflatten(1, shape) if shape else rows[:, 0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stack.names)
+
+    def __len__(self) -> int:
+        return len(self._stack.names)
 
 
 class _Contract(torch.autograd.Function):

@@ -14,6 +14,7 @@ from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, 
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
 from lit_merge.stack import Stack
+from lit_merge.storage import DenseStorage, StorageFactory
 
 __all__ = ("BufferPolicy", "Granularity", "TaskVectors")
 
@@ -72,6 +73,7 @@ class TaskVectors(nn.Module):
         buffers: Collection[str] = (),
         tied: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
+        storage: StorageFactory = DenseStorage,
     ) -> Self:
         """Subtract the base from every expert; nothing is mutated and the tensors are read one at a time.
 
@@ -81,6 +83,7 @@ class TaskVectors(nn.Module):
             buffers: Names that are buffers, not parameters (running statistics).
             tied: Second names of tied tensors, ``{alias: name}``; by default those that share memory in ``base``.
             dtype: Storage of the task vectors; by default that of the base, at least float32.
+            storage: How they are kept, see :mod:`lit_merge.storage`; running statistics are always on the device.
 
         Returns:
             The bank.
@@ -89,7 +92,7 @@ class TaskVectors(nn.Module):
             MergeError: No expert; keys, shapes or dtypes differ; a value is NaN or infinite; tied tensors differ.
         """
         layout = common_layout(base, experts, buffers=buffers, tied=tied)
-        weights = Stack(layout.parameters, base, len(experts), dtype=dtype)
+        weights = Stack(layout.parameters, base, len(experts), dtype=dtype, storage=storage)
         statistics = Stack(layout.buffers, base, len(experts))
         digests = {"": _fill(StateDigest(), base, lambda name, value: check_state("base", name, value))}
         check_tied("base", base, layout.tied)
@@ -103,6 +106,7 @@ class TaskVectors(nn.Module):
 
             digests[task] = _fill(StateDigest(), state, put)
             check_tied(where, state, layout.tied)
+        weights.storage.finish()
         constants = {name: base[name] for name in layout.constants}
         return cls(tuple(experts), weights, statistics, constants, layout.tied, digests)
 
