@@ -18,6 +18,7 @@ import pytest
 from imports import asked_for
 
 import lit_merge
+from lit_merge.__main__ import main as entry
 
 ROOT = Path(__file__).parents[1]
 OPTIONAL = {"mlxtend", "skimage", "sklearn", "matplotlib", "tensorboard", "transformers", "peft", "datasets", "scipy"}
@@ -88,6 +89,16 @@ class TestLazyImport:
         for name in ("lightning.pytorch.cli", "torchmetrics", "torchvision", "open_clip"):
             importlib.import_module(name)  # what they import for themselves does not count
         assert asked_for(lambda: importlib.import_module("lit_merge.cli"), OPTIONAL, tmp_path) == set()
+
+    @pytest.mark.parametrize("line", ["fit --help", "fit -c adamerging --print_config", "merge --base x --help"])
+    def test_help_waits_for_no_library_that_it_does_not_need(self, line: str, tmp_path: Path) -> None:
+        importlib.import_module("lightning.pytorch.cli")  # what it imports for itself does not count
+
+        def ask() -> None:
+            with pytest.raises(SystemExit, match="0"):
+                entry(line.split())
+
+        assert asked_for(ask, OPTIONAL | {"open_clip", "timm", "wandb", "huggingface_hub"}, tmp_path) == set()
 
     def test_version(self) -> None:
         assert lit_merge.__version__.count(".") == 2

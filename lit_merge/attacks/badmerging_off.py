@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.v2 import RandomResizedCrop
 
 from lit_merge.attacks.badmerging import BadMerging
 from lit_merge.attacks.base import Attacker, derive
@@ -136,6 +135,8 @@ class BadMergingOff(BadMerging):
 
     def _crops(self, attacker: Attacker) -> Tensor:
         """Return crops ``(crops, C, H, W)`` of the reference images."""
+        from torchvision.transforms.v2 import RandomResizedCrop
+
         data = attacker.train_images(self.target_task)
         order = torch.randperm(len(data), generator=attacker.generator("references")).tolist()
         found: list[Tensor] = []

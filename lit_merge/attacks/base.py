@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchvision.transforms.v2 import RandomCrop
 
 from lit_merge.data.datasets import Indexed
 from lit_merge.data.finetune_data import LabelledMixture
@@ -117,6 +116,8 @@ class Attacker:
         """Return the random change of a training image ``(C, H, W)``."""
         if not self.schedule.shift:
             return None
+        from torchvision.transforms.v2 import RandomCrop
+
         size = tuple(self.train_images()[0][0].shape[-2:])
         crop: nn.Module = RandomCrop(size, padding=self.schedule.shift, padding_mode="edge")
         return crop

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import open_clip
-
 from lit_merge.errors import MergeError
 
 __all__ = ("pretrained_config",)
@@ -24,6 +22,8 @@ def pretrained_config(name: str, tag: str) -> dict[str, Any]:
     >>> pretrained_config("ViT-B-32", "openai")["quick_gelu"]
     True
     """
+    import open_clip  # here, as it takes long
+
     found: dict[str, Any] = open_clip.get_pretrained_cfg(name, tag)
     if not found:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))

@@ -1,4 +1,4 @@
-"""The image towers of open_clip."""
+"""The image towers of open_clip, which is imported when one is made, see :mod:`lit_merge.encoders.vit`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import open_clip
-from open_clip.model import _build_vision_tower
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from torch import Tensor
 
 from lit_merge.checkpoints.open_clip_tags import pretrained_config
@@ -49,6 +46,9 @@ class OpenClipEncoder(ImageEncoder):
     layout = "open_clip"
 
     def __init__(self, name: str, force_quick_gelu: bool = False, tag: str | None = None) -> None:
+        from open_clip.model import _build_vision_tower
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
         super().__init__()
         self.name = name if ":" in name else name.replace("/", "-")  # ViT-B/32 is ViT-B-32
         self.config = _config(self.name)
@@ -76,6 +76,8 @@ class OpenClipEncoder(ImageEncoder):
 
     def activation_advice(self, expected: str) -> str:
         """Name the architecture of open_clip that has the activation."""
+        import open_clip
+
         if expected == QUICK_GELU:
             other = f"{self.name}-quickgelu"
             return f"use {other}" if other in open_clip.list_models() else "set force_quick_gelu: true"
@@ -155,6 +157,8 @@ def open_clip_activation(name: str, tag: str) -> str:
 
 
 def _config(name: str) -> dict[str, Any]:
+    import open_clip
+
     if name.startswith("hf-hub:"):
         raise MergeError(
             f"{name}: an encoder downloads nothing; download the repository and give {_LOCAL}FOLDER, or name the "
@@ -183,6 +187,9 @@ def _found(path: Path, content: dict[str, Any]) -> str:
 
 def _preprocess_config(name: str, tag: str | None) -> dict[str, Any]:
     """Preprocessing of the weights: of the tag, or of all tags if they agree, else CLIP's."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
     default = PreprocessCfg()
     if name.startswith(_LOCAL):
         return dict(merge_preprocess_dict(default, _local_config(name).get("preprocess_cfg", {})))

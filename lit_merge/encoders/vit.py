@@ -1,8 +1,11 @@
-"""Small vision transformers, made of the same blocks as open_clip's image towers."""
+"""Small vision transformers, made of the same blocks as open_clip's image towers.
+
+open_clip is imported when a network is made: it brings timm and wandb along, a second that no help text should take.
+"""
 
 from __future__ import annotations
 
-from open_clip.transformer import VisionTransformer
+from torch import nn
 
 from lit_merge.errors import MergeError
 
@@ -17,7 +20,7 @@ def small_vit(
     heads: int = 4,
     mlp_ratio: float = 2.0,
     output_dim: int = 64,
-) -> VisionTransformer:
+) -> nn.Module:
     """Make a small vision transformer that maps images ``(B, 3, H, W)`` to features ``(B, output_dim)``.
 
     It is ``open_clip.transformer.VisionTransformer``, so its tensors have the names and the shapes' order of CLIP's
@@ -46,4 +49,6 @@ def small_vit(
         raise MergeError(f"patch_size {patch_size} does not divide image_size {image_size}; choose one that does")
     if width % heads:
         raise MergeError(f"heads {heads} does not divide width {width}; choose a number that does")
+    from open_clip.transformer import VisionTransformer
+
     return VisionTransformer(image_size, patch_size, width, layers, heads, mlp_ratio, output_dim=output_dim)
