@@ -18,7 +18,7 @@ from lit_merge.callbacks._stage_order import StageOrder
 from lit_merge.callbacks._stage_scores import count_hits
 from lit_merge.callbacks.report import Report
 from lit_merge.data.steps import Steps
-from lit_merge.errors import MergeError
+from lit_merge.errors import ChangedExpertError, MergeError
 from lit_merge.module import MergeModule
 from lit_merge.progress import Progress
 from lit_merge.sinks import run_dir
@@ -96,7 +96,6 @@ class SequentialMerging(L.Callback):
         self._set_epochs: int | None = None
         self._loaded = 0
         self._began = 0.0
-        self._fitted = False
 
     # Before a fit ------------------------------------------------------------------------------------------------
 
@@ -116,7 +115,7 @@ class SequentialMerging(L.Callback):
             return
         order = [] if self._order.grows else self._order.tasks(pl_module.suite)
         order = order[:2] if trainer.fast_dev_run else order  # type: ignore[attr-defined]
-        self._loaded, self._fitted = 0, True
+        self._loaded = 0
         self._epochs = 1 if trainer.fast_dev_run else max(1, self.epochs_per_task)  # type: ignore[attr-defined]
         pl_module.enter_stream(Progress(order, self._order.kind, seed, self._epochs, self.data))
         total = None if self._order.grows else len(order) * self._epochs
@@ -173,11 +172,13 @@ class SequentialMerging(L.Callback):
         for task in _progress(module).history if trainer.is_global_zero else ():
             try:
                 module.read_expert(task)
-            except (MergeError, OSError, KeyError) as raised:
-                if str(raised).startswith("checkpoint:"):
-                    error = str(raised)
+            except ChangedExpertError as changed:
+                error = str(changed)
+                break
+            except (MergeError, OSError, KeyError):  # it is gone, or half of it: it is not needed again
+                continue
         if error := trainer.strategy.broadcast(error):
-            raise MergeError(error)
+            raise ChangedExpertError(error)
 
     def _look(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Learn of more experts where the order grows, and set the number of epochs."""

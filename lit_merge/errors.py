@@ -5,11 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-__all__ = ("MergeError", "MissingExtraError", "require")
+__all__ = ("ChangedExpertError", "MergeError", "MissingExtraError", "require")
 
 
 class MergeError(ValueError):
     """Bad input: names the file or key, what was expected, what was found and what to do."""
+
+
+class ChangedExpertError(MergeError):
+    """An expert is not the one that was read before under its name, as a checkpoint knows by its hash."""
 
 
 class MissingExtraError(ImportError):

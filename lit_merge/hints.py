@@ -19,7 +19,7 @@ from lit_merge.objectives import Objective
 from lit_merge.suites import Suite
 from lit_merge.transforms import Transform
 
-__all__ = ("hint",)
+__all__ = ("hint", "shortened")
 
 _FAMILIES = (
     MergeModule,
@@ -33,13 +33,28 @@ _FAMILIES = (
     Optimizer,
     LRScheduler,
 )
+_OF_KEY: dict[str, type] = {"method": MergeModule, "model": MergeModule, "objective": Objective, "suite": Suite}
 _TOP = {"trainer", "model", "suite", "data", "config", "seed_everything", "ckpt_path", "init_args", "class_path"}
 _CLASS = re.compile(r"(?:import path string|Not a valid subclass name|class_path)[^:\n]*:\s*['\"]?([\w.]+)")
 _OPTION = re.compile(r"(?:Option|option|arguments?:) '?(?:--)?([\w.]+?)'?(?: is not accepted|$|=|\s)")
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+_UNKNOWN = re.compile(r"unknown (\w+) '(\w+)'(?:; .+)?")
 _LITERAL = re.compile(r"Literal\[(.*)\]\. Got value: (\w+)")
 
 _ONE_OF_UNION = re.compile(r"Expected a (?:typing\.)?Literal\[([^\]]*)\](?:.*\n)+?\s*Given value: (\w+)")
+_NO_CLASS = re.compile(r'Parser key "(\w+)":\s+- Expected a path but (\w+) either not accessible')
+
+
+def shortened(message: str) -> str:
+    r"""Return one line instead of the parser's list of all that a class's bare name is not; other messages unchanged.
+
+    >>> shortened('Parser key "method":\n\n  - Expected a path but ties either not accessible or …')
+    "unknown method 'ties'"
+    """
+    if (inner := _UNKNOWN.search(message)) is not None:  # said before of an argument of the class that this is about
+        return inner[0]
+    found = _NO_CLASS.match(message)
+    return message if found is None else f"unknown {found[1]} {found[2]!r}"
 
 
 def hint(message: str) -> str:
@@ -50,21 +65,30 @@ def hint(message: str) -> str:
     '\n  did you mean AdaMerging?'
     >>> hint("Option 'granularty' is not accepted")
     '\n  did you mean granularity?'
+    >>> hint("unknown method 'adamerging'")
+    '; did you mean AdaMerging?'
     >>> hint("argument subcommand: invalid choice: 'tets' (choose from 'fit', 'test')")
     '\n  did you mean test?'
     """
-    if "did you mean" in message:
+    if "did you mean" in message or "; there are " in message:
         return ""
     if "required: " in message and message.endswith(".model"):
         return "\n  give a config that names one, such as --config adamerging.yaml, or --model AdaMerging"
+    between = "; " if _UNKNOWN.fullmatch(message) else "\n  "
     for wrong, candidates in _mistakes(message):
-        if wrong not in candidates and (close := get_close_matches(wrong, candidates, n=1, cutoff=0.65)):
-            return f"\n  did you mean {close[0]}?"
+        plain = {candidate.lower(): candidate for candidate in candidates}
+        if wrong not in candidates and (close := get_close_matches(wrong.lower(), plain, n=1, cutoff=0.65)):
+            return f"{between}did you mean {plain[close[0]]}?"
+    if (unknown := _UNKNOWN.fullmatch(message)) and (family := _OF_KEY.get(unknown[1])):
+        usable = sorted({kind.__name__ for kind in _subclasses(family) if not inspect.isabstract(kind)})
+        return f"; there are {', '.join(usable)}"
     return ""
 
 
 def _mistakes(message: str) -> Iterator[tuple[str, Collection[str]]]:
     """Names that may be wrong, each with those that would be right."""
+    for _, wrong in _UNKNOWN.findall(message):
+        yield wrong, class_names()
     for path in _CLASS.findall(message):
         yield path.rpartition(".")[2], class_names()
     for path in _OPTION.findall(message):

@@ -10,7 +10,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_merge import configs
-from lit_merge.hints import hint
+from lit_merge.hints import hint, shortened
 
 __all__ = ("BundledConfigFile", "MergeParser", "hint_config")
 
@@ -56,5 +56,6 @@ class MergeParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2, and with a suggestion where one can be found."""
+        message = shortened(message)
         super().error(message + hint(message), ex)
         raise SystemExit(2)

@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lit_merge.checkpoints.checks import check_finite, check_keys, check_state, check_tied, common_layout
-from lit_merge.checkpoints.digests import StateDigest
+from lit_merge.checkpoints.checks import check_finite, check_keys, check_tied, common_layout
+from lit_merge.checkpoints.digests import read_hashed
 from lit_merge.errors import MergeError
 from lit_merge.stack import Stack
 from lit_merge.task_vectors import BufferPolicy, TaskVectors
@@ -54,7 +54,7 @@ class StageBank(TaskVectors):
             MergeError: A value is NaN or infinite, or of an unusable type; tied tensors differ.
         """
         layout = common_layout(base, {MERGED: base}, buffers=buffers, tied=tied)
-        digest = _read("base", base, lambda name, value: None)
+        digest = read_hashed("base", base)
         check_tied("base", base, layout.tied)
         rows = Stack(layout.parameters, base, 2), Stack(layout.buffers, base, 2)
         constants = {name: base[name] for name in layout.constants}
@@ -98,7 +98,7 @@ class StageBank(TaskVectors):
             for stack in (self._weights, self._statistics):
                 for value in stack.views().values():
                     value[0].zero_()
-        digest = _read(where, state, put)
+        digest = read_hashed(where, state, put)
         check_tied(where, state, self._tied)
         self.tasks, self.digests, self.share = (MERGED, task), {**self.digests, task: digest}, 1 / number
         return digest
@@ -182,17 +182,17 @@ class Differences(Mapping[str, Tensor]):
     """
 
     def __init__(self, state: Mapping[str, Tensor], bank: StageBank, device: torch.device) -> None:
-        self._state, self._bank, self._device = state, bank, device
+        self._state, self._names, self._dtype, self._device = state, bank.names, bank.compute_dtype, device
+        self._base = bank.base  # all of it is put together whenever it is asked for
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype = self._bank.compute_dtype
-        return self._state[name].to(self._device, dtype) - self._bank.base[name].to(dtype)
+        return self._state[name].to(self._device, self._dtype) - self._base[name].to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._bank.names)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._bank.names)
+        return len(self._names)
 
 
 def _kept(base: Tensor, change: Tensor, most: int = 16) -> Tensor:
@@ -206,14 +206,3 @@ def _kept(base: Tensor, change: Tensor, most: int = 16) -> Tensor:
             break
         change = again
     return change
-
-
-def _read(where: str, state: Mapping[str, Tensor], put: Callable[[str, Tensor], None]) -> str:
-    """Read every tensor once, in sorted order; return the digest."""
-    digest = StateDigest()
-    for name in sorted(state):
-        value = state[name]
-        check_state(where, name, value)
-        put(name, value)
-        digest.update(name, value)
-    return digest.hexdigest()

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_merge.checkpoints.atomic import atomic_path
-from lit_merge.checkpoints.reading import file_digest, read_state
+from lit_merge.checkpoints.reading import file_digest
 from lit_merge.errors import MergeError
 
-__all__ = ("clean_stages", "find_stage", "read_stage", "write_stage")
+__all__ = ("clean_stages", "find_stage", "write_stage")
 
 _NAME = re.compile(r"stage_(\d{3,})\.safetensors")
 
@@ -63,11 +63,6 @@ def find_stage(file: Mapping[str, str], folders: Iterable[Path]) -> Path:
             "put the file of that run there, or start without --ckpt_path"
         )
     return path
-
-
-def read_stage(path: Path) -> Mapping[str, Tensor]:
-    """Open a stage's file; its tensors are read when they are asked for."""
-    return read_state(path)
 
 
 def clean_stages(folder: Path, absorbed: int, keep: int | None) -> None:

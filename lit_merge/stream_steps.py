@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lit_merge.adaptation import AdaptationSteps
 from lit_merge.checkpoints.digests import state_digest
-from lit_merge.errors import MergeError
+from lit_merge.checkpoints.reading import read_state
+from lit_merge.errors import ChangedExpertError, MergeError
 from lit_merge.fingerprint import check_fingerprint, fingerprint
 from lit_merge.metrics import Results, mean_over_tasks
 from lit_merge.progress import Progress
 from lit_merge.stage_bank import Differences, StageBank
-from lit_merge.stage_files import find_stage, read_stage
+from lit_merge.stage_files import find_stage
 from lit_merge.stages import Stage, StageSteps
 
 __all__ = ("StreamSteps",)
@@ -121,12 +122,12 @@ class StreamSteps(AdaptationSteps, StageSteps):
         """Compare an expert with the one of that name that was read before.
 
         Raises:
-            MergeError: It is another one.
+            ChangedExpertError: It is another one.
         """
         assert self.progress is not None
         known = self.progress.digests.setdefault(task, digest)
         if known != digest:
-            raise MergeError(
+            raise ChangedExpertError(
                 f"checkpoint: its expert {task!r} was sha256:{known[:12]}, this run has sha256:{digest[:12]}; give the "
                 "expert of the checkpoint, or start without --ckpt_path"
             )
@@ -309,7 +310,7 @@ class StreamSteps(AdaptationSteps, StageSteps):
         self.progress, self._in_stage = progress, False
         if progress.file:
             path = find_stage(progress.file, self._folders(progress))
-            self.accumulated.restore(str(path), read_stage(path))
+            self.accumulated.restore(str(path), read_state(path))
 
     def _folders(self, progress: Progress) -> Iterator[Path]:
         if self._trainer is not None and self.trainer.ckpt_path:

@@ -38,7 +38,7 @@ from lit_merge.skeleton import Skeleton
 from lit_merge.task_vectors import TaskVectors
 from lit_merge.transforms import Transform
 
-__all__ = ("PieceReader", "stream_merge", "stream_suite", "why_not_streamed")
+__all__ = ("PieceReader", "check_weights_suffice", "stream_merge", "stream_suite", "why_not_streamed")
 
 
 def why_not_streamed(model: MergeModule) -> str | None:
@@ -47,15 +47,36 @@ def why_not_streamed(model: MergeModule) -> str | None:
     Args:
         model: The merge, configured or not.
     """
+    if (reason := _why_not_from_weights(model)) is not None:
+        return reason
+    parts: tuple[MergeModule | Transform, ...] = (model, *model.transforms)
+    for part in parts:
+        if part.needs not in ("tensor", "statistics"):
+            return f"{type(part).__name__}, as it is set, has to see all tensors at once"
+    return None
+
+
+def check_weights_suffice(model: MergeModule) -> None:
+    """Refuse a merge that base and experts alone do not decide.
+
+    Args:
+        model: The merge, configured or not.
+
+    Raises:
+        MergeError: It learns, is calibrated with images, or merges something else than the experts.
+    """
+    if (reason := _why_not_from_weights(model)) is not None:
+        raise MergeError(f"{reason}; it needs a suite with images: lit-merge fit or merge --config …")
+
+
+def _why_not_from_weights(model: MergeModule) -> str | None:
     name = type(model).__name__
     if model.needs == "data":
         return f"{name} learns its merge" if model.learnable else f"{name} is calibrated with images"
     if model.buffer_policy == "recalibrate":
         return "buffers: recalibrate runs the merged network"
-    parts: tuple[MergeModule | Transform, ...] = (model, *model.transforms)
-    for part in parts:
-        if part.needs not in ("tensor", "statistics"):
-            return f"{type(part).__name__}, as it is set, has to see all tensors at once"
+    if type(model).read_bank is not MergeModule.read_bank:
+        return f"{name} reads its own task vectors"
     return None
 
 
@@ -133,11 +154,10 @@ def stream_merge(
         Path of the weights: the file, or the index of several.
 
     Raises:
-        MergeError: The merge learns, base and experts do not fit together, there are weights already, or a merged
-            value is too large for the type of the base.
+        MergeError: See :func:`check_weights_suffice`; or base and experts do not fit together, there are weights
+            already, or a merged value is too large for the type of the base.
     """
-    if model.needs == "data" or model.buffer_policy == "recalibrate":
-        raise MergeError(f"{why_not_streamed(model)}; it needs a suite with images: lit-merge fit or merge --config …")
+    check_weights_suffice(model)
     whole = why_not_streamed(model) is not None
     scale = getattr(model, "scale", None)
     if isinstance(scale, list | tuple) and any(isinstance(entry, Mapping) for entry in scale):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lit_merge.checkpoints.checks import check_state, check_tied, common_layout
-from lit_merge.checkpoints.digests import StateDigest
+from lit_merge.checkpoints.checks import check_tied, common_layout
+from lit_merge.checkpoints.digests import read_hashed
+from lit_merge.checkpoints.threads import in_threads
 from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, tying
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
@@ -74,16 +76,21 @@ class TaskVectors(nn.Module):
         tied: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
         storage: StorageFactory = DenseStorage,
+        threads: int | None = None,
     ) -> Self:
-        """Subtract the base from every expert; nothing is mutated and the tensors are read one at a time.
+        """Subtract the base from every expert; nothing is mutated and each thread reads one tensor at a time.
 
         Args:
             base: State dict of the pretrained network.
-            experts: State dict per task, with the keys, shapes and dtypes of the base; may be lazy mappings.
+            experts: State dict per task, with the keys, shapes and dtypes of the base; may be lazy mappings. An expert
+                is read by one thread, but what several of them are made of, such as the base of adapters, by several.
             buffers: Names that are buffers, not parameters (running statistics).
             tied: Second names of tied tensors, ``{alias: name}``; by default those that share memory in ``base``.
             dtype: Storage of the task vectors; by default that of the base, at least float32.
             storage: How they are kept, see :mod:`lit_merge.storage`; running statistics are always on the device.
+                Rows of different experts are put by different threads.
+            threads: How many experts are read at the same time, see
+                :func:`~lit_merge.checkpoints.threads.in_threads`; 1 for lazy mappings of your own that cannot be.
 
         Returns:
             The bank.
@@ -94,18 +101,20 @@ class TaskVectors(nn.Module):
         layout = common_layout(base, experts, buffers=buffers, tied=tied)
         weights = Stack(layout.parameters, base, len(experts), dtype=dtype, storage=storage)
         statistics = Stack(layout.buffers, base, len(experts))
-        digests = {"": _fill(StateDigest(), base, lambda name, value: check_state("base", name, value))}
+        digests = {"": read_hashed("base", base)}
         check_tied("base", base, layout.tied)
-        for row, (task, state) in enumerate(experts.items()):
-            where = f"expert {task!r}"
 
-            def put(name: str, value: Tensor, row: int = row, where: str = where) -> None:
-                check_state(where, name, value)
+        def read(row: int, task: str, state: Mapping[str, Tensor]) -> str:
+            def put(name: str, value: Tensor) -> None:
                 weights.put(row, name, value)
                 statistics.put(row, name, value)
 
-            digests[task] = _fill(StateDigest(), state, put)
+            digest = read_hashed(where := f"expert {task!r}", state, put)
             check_tied(where, state, layout.tied)
+            return digest
+
+        jobs = [partial(read, row, task, state) for row, (task, state) in enumerate(experts.items())]
+        digests |= zip(experts, in_threads(jobs, threads), strict=True)
         weights.storage.finish()
         constants = {name: base[name] for name in layout.constants}
         return cls(tuple(experts), weights, statistics, constants, layout.tied, digests)
@@ -303,12 +312,3 @@ class TaskVectors(nn.Module):
         constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
         state = {**parameters, **statistics, **constants}
         return state | {alias: state[name] for alias, name in self._tied.items()}
-
-
-def _fill(digest: StateDigest, state: Mapping[str, Tensor], put: Callable[[str, Tensor], None]) -> str:
-    """Read each tensor once, in an order that does not depend on the mapping's."""
-    for name in sorted(state):
-        value = state[name]
-        put(name, value)
-        digest.update(name, value)
-    return digest.hexdigest()

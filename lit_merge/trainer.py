@@ -118,8 +118,6 @@ class MergeTrainer(L.Trainer):
             reason: str | None = "the experts come one by one"
         elif format != "safetensors":
             reason = f"format: {format} is written from a network in memory"
-        elif type(model).read_bank is not MergeModule.read_bank:
-            reason = f"{type(model).__name__} reads its own task vectors"
         else:
             reason = why_not_streamed(model)
         if reason is not None:

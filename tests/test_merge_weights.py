@@ -76,6 +76,8 @@ class TestCommand:
         [
             (["--method=AdaMerging"], "AdaMerging learns its merge", 1),
             (["--method=Tyes"], "did you mean Ties", 2),
+            (["--method=ties"], "error: unknown method 'ties'; did you mean Ties?\n", 2),
+            (["--method=xyzzy"], "unknown method 'xyzzy'; there are AWM, AdaMerging, ", 2),
             (["--method=Ties", "--densty=0.3"], "did you mean density", 2),
             (["--method=Ties", "--density=much"], "density", 2),
             (["--method=Ties", "--output=base", "--overwrite=true"], "is the folder of", 1),
@@ -104,8 +106,10 @@ class TestCommand:
         whole = (folders / "b/model.safetensors").read_bytes()
         (folders / "cut/model.safetensors").write_bytes(whole[:-1])
         given = ["--base=base", "--experts", "a", "--output=out", "--progress=false"]
-        assert said in refused(capsys, "merge", *given, *more, status=status)
-        assert not list(folders.glob("out/*"))
+        message = refused(capsys, "merge", *given, *more, status=status)
+        assert said in message
+        assert "merging in memory" not in message
+        assert not (folders / "out").exists()
 
 
 def test_the_trainer_streams_what_it_need_not_score(tmp_path: Path) -> None:

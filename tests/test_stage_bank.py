@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lit_merge.errors import MergeError
-from lit_merge.stage_bank import StageBank
+from lit_merge.stage_bank import Differences, StageBank
 from lit_merge.stage_files import find_stage, write_stage
 
 
@@ -54,3 +54,12 @@ def test_weights_of_another_network_are_refused() -> None:
         bank.restore("file", {"w": torch.zeros(3)})
     with pytest.raises(MergeError, match="1 missing"):
         bank.restore("file", {"v": torch.zeros(2)})
+
+
+def test_differences_put_the_base_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = StageBank.of_base({"w": torch.ones(2), "v": torch.zeros(1), "steps": torch.tensor(3)})
+    assemble, times = bank._assemble, []
+    monkeypatch.setattr(bank, "_assemble", lambda *given: times.append(1) or assemble(*given))
+    found = Differences({"w": torch.tensor([1.0, 3.0]), "v": torch.ones(1)}, bank, torch.device("cpu"))
+    assert {name: value.tolist() for name, value in found.items()} == {"w": [0.0, 2.0], "v": [1.0]}
+    assert len(times) == 1

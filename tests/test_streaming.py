@@ -197,9 +197,20 @@ def test_a_wrong_coefficient_is_said_before_anything_is_read(tmp_path: Path) -> 
     assert expert.reads == before
 
 
+def test_a_rule_with_task_vectors_of_its_own_is_not_merged_from_weights(tmp_path: Path) -> None:
+    class Own(methods.SimpleAverage):
+        def read_bank(self, base: Mapping[str, Tensor]) -> TaskVectors:
+            return TaskVectors.from_state_dicts(base, {"all": base})
+
+    model = Own(suite=WeightsSuite("base", ["a"]))
+    assert why_not_streamed(model) == "Own reads its own task vectors"
+    with pytest.raises(MergeError, match="Own reads its own task vectors; it needs a suite"):
+        streamed(model, states(), tmp_path)
+
+
 def test_one_bad_value_leaves_nothing(tmp_path: Path) -> None:
     every = dict(states())
     every["b"] = {**every["b"], "temperature": torch.tensor(float("nan"))}
     with pytest.raises(MergeError, match="expert 'b': temperature: 1 of 1 values are NaN"):
-        streamed(make("MagMax", 3, {}), every, tmp_path, shard_bytes=300)
+        streamed(make("MagMax", 3, {}), every, tmp_path / "runs/new", shard_bytes=300)
     assert list(tmp_path.iterdir()) == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ("StateDigest", "state_digest")
+from lit_merge.checkpoints.checks import check_state
+
+__all__ = ("StateDigest", "read_hashed", "state_digest")
 
 
 class StateDigest:
@@ -35,6 +37,34 @@ class StateDigest:
     def hexdigest(self) -> str:
         """Return the digest so far."""
         return self._hash.hexdigest()
+
+
+def read_hashed(where: str, state: Mapping[str, Tensor], put: Callable[[str, Tensor], None] | None = None) -> str:
+    """Read every tensor of a state dict once: check it, hand it on, hash it.
+
+    Args:
+        where: Whose it is, for messages.
+        state: State dict, which may be lazy: one tensor is held at a time. The order of its keys does not matter.
+        put: Takes each name and tensor, in sorted order of names.
+
+    Returns:
+        What :func:`state_digest` returns.
+
+    Raises:
+        MergeError: A tensor is of an unusable kind, or a value is NaN or infinite.
+
+    >>> found = {}
+    >>> read_hashed("base", {"b": torch.ones(1), "a": torch.zeros(2)}, found.__setitem__)[:8], list(found)
+    ('13ce9a1b', ['a', 'b'])
+    """
+    digest = StateDigest()
+    for name in sorted(state):
+        value = state[name]
+        check_state(where, name, value)
+        if put is not None:
+            put(name, value)
+        digest.update(name, value)
+    return digest.hexdigest()
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -130,7 +130,8 @@ class ShardWriter:
 
     Names, types and shapes are known before, so headers are written first and every tensor goes to its place on disk:
     nothing is kept. All files have temporary names until the last tensor is there; then they are renamed, the index
-    last. After an error none of them is left; what a killed process left is removed by the next writer.
+    last. After an error none of them is left, nor a folder that was made for them; what a killed process left is
+    removed by the next writer.
 
     Args:
         folder: Where to; made if missing.
@@ -182,9 +183,10 @@ class ShardWriter:
             raise MergeError(f"{self._old[0]}: there are weights already; give another folder, or --overwrite")
         self._old += [self.folder / name for name in describing]
         self._total = sum(kind.nbytes for kind in kinds.values())
-        self.folder.mkdir(parents=True, exist_ok=True)
+        here = (self.folder, *self.folder.parents)
+        self._made = [folder for folder in here if not folder.exists()]
         _sweep(self.folder, stem)
-        if (free := shutil.disk_usage(self.folder).free) < self._total:
+        if (free := shutil.disk_usage(here[len(self._made)]).free) < self._total:
             raise MergeError(f"{self.folder}: expected {self._total} bytes of free disk, found {free}")
         parts = _split(self._kinds, shard_bytes)
         names = [f"{stem}.safetensors"]
@@ -193,6 +195,7 @@ class ShardWriter:
         self._shards = [_Shard(self.folder / name, part) for name, part in zip(names, parts, strict=True)]
         self._home = {name: shard for shard in self._shards for name in shard.places}
         self.path = self._index if len(parts) > 1 else self._shards[0].path
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, name: str, value: Tensor, first: int | None = None) -> None:
         """Write one tensor to disk, or some of its entries.
@@ -223,6 +226,9 @@ class ShardWriter:
         finally:
             for shard in self._shards:
                 shard.drop()
+            with suppress(OSError):  # weights are there, or something of another process
+                for folder in self._made:
+                    folder.rmdir()
 
     def _commit(self) -> None:
         if missing := sorted(name for shard in self._shards for name in shard.missing):

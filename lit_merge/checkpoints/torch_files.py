@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
 import zipfile
 from collections import Counter
@@ -22,6 +23,7 @@ __all__ = ("PickledObjectsError", "TorchFile", "is_zip", "load_inert", "plain_te
 
 _MAX_PICKLE = 64 * 2**20  # a state dict of ten thousand tensors takes about two megabytes
 _WINDOW = 64 * 2**20
+_ALONE = threading.RLock()  # what may be unpickled is said for the whole process
 
 
 class PickledObjectsError(MergeError):
@@ -66,14 +68,15 @@ class TorchFile(Mapping[str, Tensor]):
         self._touched = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        size = self._bytes[name]
-        if self._state is None or (self._touched + size > _WINDOW and self._touched and not self._whole):
+        size, state = self._bytes[name], self._state  # another thread may map anew at any moment
+        if state is None or (self._touched + size > _WINDOW and self._touched and not self._whole):
             self._guard.check()
             content = load_inert(self.path)
             assert isinstance(content, dict)
-            self._state, self._touched = dict(content), 0
+            state = self._state = dict(content)
+            self._touched = 0
         self._touched += size
-        return Tensor.detach(self._state[name])
+        return Tensor.detach(state[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._bytes
@@ -189,15 +192,16 @@ def plain_tensor(where: Path, name: object, value: object) -> Tensor:
 
 @contextmanager
 def _only(stand_ins: list[tuple[type, str]]) -> Iterator[None]:
-    """Allow these names and torch's own, and nothing that was allowed elsewhere in this process."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type] # pairs are allowed since 2.6
-            yield
-    finally:
+    """Allow these names and torch's own, and nothing that was allowed elsewhere in this process; one thread at a time."""
+    with _ALONE:
+        before = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        try:
+            with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type] # pairs are allowed since 2.6
+                yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
 
 
 def _check_zip(path: Path) -> None:

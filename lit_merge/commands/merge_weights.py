@@ -21,7 +21,7 @@ from lit_merge.errors import MergeError
 from lit_merge.module import MergeModule
 from lit_merge.parsing import MergeParser
 from lit_merge.provenance import described, versions
-from lit_merge.streaming import PieceReader, stream_merge, why_not_streamed
+from lit_merge.streaming import PieceReader, check_weights_suffice, stream_merge, why_not_streamed
 from lit_merge.suites.weights import WeightsSuite
 
 __all__ = ("main",)
@@ -72,6 +72,7 @@ def main(args: list[str]) -> None:
     parser.link_arguments(("base", "experts"), "method.init_args.suite", compute_fn=_suite_config, apply_on="parse")
     config = parser.parse_args(_of_method(args))
     model: MergeModule = parser.instantiate_classes(config).method
+    check_weights_suffice(model)
     suite = model.suite
     assert isinstance(suite, WeightsSuite)
     if (taken := next((name for name in suite.folders if _same(name, config.output)), None)) is not None:

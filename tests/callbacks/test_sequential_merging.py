@@ -201,6 +201,17 @@ def test_another_stream_is_refused(tmp_path: Path) -> None:
             again(**{key: value for key, value in options.items() if key != "spoil"})
 
 
+def test_only_an_expert_that_changed_stops_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that cannot be read is not needed again, whatever its error says."""
+    fit(tmp_path, Sum(suite=SUITE), SequentialMerging())
+
+    def broken(self: object, task: str) -> None:
+        raise MergeError(f"checkpoint: {task} is half of a file")
+
+    monkeypatch.setattr(Sum, "read_expert", broken)
+    fit(tmp_path, Sum(suite=SUITE), SequentialMerging())
+
+
 def test_another_seed_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, Sum(suite=SUITE), SequentialMerging(order="shuffle", seed=1))
     with pytest.raises(MergeError, match="an order of seed 1, in this run it is 2"):
