@@ -192,7 +192,7 @@ def plain_tensor(where: Path, name: object, value: object) -> Tensor:
 
 @contextmanager
 def _only(stand_ins: list[tuple[type, str]]) -> Iterator[None]:
-    """Allow these names and torch's own, and nothing that was allowed elsewhere in this process; one thread at a time."""
+    """Allow these names and torch's own, and nothing that was allowed elsewhere in this process; a thread at a time."""
     with _ALONE:
         before = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()

@@ -68,7 +68,7 @@ def test_the_error_is_that_of_the_first_expert_in_order() -> None:
         raise MergeError("expert 'c' is broken, too")
 
     given["c"] = Meeting(given["c"], fail)
-    with pytest.raises(MergeError, match="expert 'b': 11.w: 50 of 50 values are NaN"):
+    with pytest.raises(MergeError, match=r"expert 'b': 11\.w: 50 of 50 values are NaN"):
         TaskVectors.from_state_dicts(BASE, given, threads=3)
 
 
