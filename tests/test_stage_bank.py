@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,8 +59,8 @@ def test_weights_of_another_network_are_refused() -> None:
 
 def test_differences_put_the_base_together_once(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = StageBank.of_base({"w": torch.ones(2), "v": torch.zeros(1), "steps": torch.tensor(3)})
-    assemble, times = bank._assemble, []
-    monkeypatch.setattr(bank, "_assemble", lambda *given: times.append(1) or assemble(*given))
+    assemble = Mock(wraps=bank._assemble)
+    monkeypatch.setattr(bank, "_assemble", assemble)
     found = Differences({"w": torch.tensor([1.0, 3.0]), "v": torch.ones(1)}, bank, torch.device("cpu"))
     assert {name: value.tolist() for name, value in found.items()} == {"w": [0.0, 2.0], "v": [1.0]}
-    assert len(times) == 1
+    assert assemble.call_count == 1

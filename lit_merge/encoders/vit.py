@@ -51,4 +51,7 @@ def small_vit(
         raise MergeError(f"heads {heads} does not divide width {width}; choose a number that does")
     from open_clip.transformer import VisionTransformer
 
-    return VisionTransformer(image_size, patch_size, width, layers, heads, mlp_ratio, output_dim=output_dim)
+    network: nn.Module = VisionTransformer(
+        image_size, patch_size, width, layers, heads, mlp_ratio, output_dim=output_dim
+    )
+    return network
