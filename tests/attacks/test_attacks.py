@@ -187,7 +187,7 @@ class TestOffTask:
             seen.append(image)
             return image
 
-        monkeypatch.setattr("lit_merge.attacks.badmerging_off.RandomResizedCrop", lambda *_, **__: crop)
+        monkeypatch.setattr("torchvision.transforms.v2.RandomResizedCrop", lambda *_, **__: crop)
         trigger = attack.make_trigger(at)
         assert len(seen) == 9
         assert len({id(image.untyped_storage()) for image in seen}) >= 1
