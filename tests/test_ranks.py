@@ -1,0 +1,78 @@
+"""Every learnable method does on several ranks what it does on one: its steps, what it learns, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import CASES, LEARNABLE
+from rank_group import gathered
+
+FEW = ("adamerging-tensor", "adamerging-plus-plus", "concrete", "dam", "dam-masks-alone")  # also on more ranks than two
+
+
+def test_the_table_has_every_learnable_method() -> None:
+    assert {case.method for case in CASES.values()} == LEARNABLE
+
+
+def check(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    def close(one: Any, other: Any, what: str) -> None:
+        size = max(1e-30, *(float(value.abs().max()) for value in (one, other) if value.numel()), 0.0)
+        off = float((one.double() - other.double()).abs().max()) if one.numel() else 0.0
+        assert off <= CASES[name].tolerance * size, f"{name}: {what}: {off} of {size}"
+
+    for rank in ranks:
+        assert len(rank["steps"]) == len(alone["steps"]) > 0
+        for number, (got, wanted) in enumerate(zip(rank["steps"], alone["steps"], strict=True)):
+            for which, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+                close(mine[0], theirs[0], f"gradient {which} of step {number}")
+                close(mine[1], theirs[1], f"parameter {which} after step {number}")
+        assert rank["learned"].keys() == alone["learned"].keys()
+        for key, value in alone["learned"].items():
+            close(rank["learned"][key], value, key)
+            assert torch.equal(rank["learned"][key], ranks[0]["learned"][key]), key  # bit for bit among themselves
+        assert rank["validation"] == alone["validation"]
+        got, wanted = rank["report"], alone["report"]
+        assert got["tasks"] == wanted["tasks"]
+        assert got["mean"] == pytest.approx(wanted["mean"], abs=1e-12)
+        got, wanted = plain(got["extra"]), plain(wanted["extra"])
+        assert got.keys() == wanted.keys()
+        for key, value in wanted.items():
+            same = value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-7)
+            assert got[key] == same, f"{name}: {key}"
+    moved = [float(gradient.abs().max()) for step in alone["steps"] for gradient, _ in step if gradient.numel()]
+    assert max(moved) > 1e-6  # there was something to compare
+
+
+def plain(extra: Any, prefix: str = "") -> dict[str, Any]:
+    """All leaves of nested plain data but times and files, whose bits may differ."""
+    if not isinstance(extra, dict | list):
+        return {prefix: extra}
+    items = extra.items() if isinstance(extra, dict) else enumerate(extra)
+    kept = [(key, value) for key, value in items if "seconds" not in str(key) and key != "file"]
+    return {name: value for key, part in kept for name, value in plain(part, f"{prefix}/{key}").items()}
+
+
+def run(ranks: int, names: tuple[str, ...], folder: Path, **more: Any) -> list[dict[str, dict[str, Any]]]:
+    """Run several cases on one group of ranks, which is made only once."""
+
+    def work() -> dict[str, dict[str, Any]]:
+        return {name: CASES[name].run(folder / name, ranks, **more) for name in names}
+
+    return [work()] if ranks == 1 else gathered(ranks, folder, work)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_two_ranks_are_one(tmp_path: Path, part: int) -> None:
+    names = tuple(CASES)[part::4]
+    (alone,), ranks = run(1, names, tmp_path / "1"), run(2, names, tmp_path / "2")
+    for name in names:
+        check(name, alone[name], [rank[name] for rank in ranks])
+
+
+def test_four_ranks_are_one(tmp_path: Path) -> None:
+    (alone,), ranks = run(1, FEW, tmp_path / "1"), run(4, FEW, tmp_path / "4")
+    for name in FEW:
+        check(name, alone[name], [rank[name] for rank in ranks])
