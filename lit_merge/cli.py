@@ -21,6 +21,7 @@ from lit_merge.checkpoints.reading import read_checkpoint
 from lit_merge.commands import COMMANDS, run_command
 from lit_merge.data import TaskDataModule
 from lit_merge.errors import MergeError, MissingExtraError
+from lit_merge.lost_ranks import is_lost_peer
 from lit_merge.module import MergeModule
 from lit_merge.parsing import BundledConfigFile, MergeParser
 from lit_merge.predictions import write_predictions
@@ -162,6 +163,8 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
         error = _cause(raised)
         message = str(error).strip() or type(error).__name__
         kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+        if is_lost_peer(raised) and not isinstance(error, MergeError):
+            message, kind = "another rank of this run has ended; if it does not say why, it was killed", ""
         sys.stderr.write(f"error: {kind}{message}\n       (--debug shows the traceback)\n")
         raise SystemExit(1) from error
 

@@ -12,12 +12,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lit_merge.agreement import check_agreement
 from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.lazy import Selected
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.functional.batch_norm import recalibrate_batch_norm
+from lit_merge.lost_ranks import stop_watching, watch_parent
 from lit_merge.metrics import TaskScores
 from lit_merge.objectives import Entropy, Objective
 from lit_merge.perturbations import UniversalPerturbations
@@ -177,7 +179,8 @@ class MergeModule(StreamSteps, ABC):
         if (ascent := self.objective.ascent) is not None:
             self.perturbations = UniversalPerturbations.of_suite(self.suite, ascent)
         self.make_parameters(bank)
-        # the bank is the same on all ranks (checked below); broadcasting it at every step would cost gigabytes
+        check_agreement(self, learned=False)  # before the wrapper of several ranks stumbles over a shape
+        # the bank is the same on all ranks; broadcasting it at every step would cost gigabytes
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [n for n, _ in self.named_buffers(remove_duplicate=False)]
         )
@@ -210,11 +213,12 @@ class MergeModule(StreamSteps, ABC):
         return {"optimizer": optimizer, "lr_scheduler": options}
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would round the coefficients.
+        """Refuse precisions that would round the coefficients; watch for the end of rank zero.
 
         Raises:
             MergeError: A learnable merge with a half ``*-true`` precision.
         """
+        watch_parent(self.trainer)
         precision = str(self.trainer.precision)
         if self.learnable and precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise MergeError(
@@ -223,16 +227,17 @@ class MergeModule(StreamSteps, ABC):
             )
 
     def on_fit_start(self) -> None:
-        """Check that all ranks hold the same networks, and forget statistics of an evaluation before this fit.
+        """Check that all ranks hold the same, and forget statistics of an evaluation before this fit.
 
         Raises:
-            MergeError: The networks differ.
+            MergeError: Something differs between ranks, see :mod:`lit_merge.agreement`.
         """
         self._measured = {}  # made in inference mode, and for other coefficients
-        own = torch.tensor(list(bytes.fromhex("".join(self.bank.digests.values()))), device=self.device)
-        everyone = torch.as_tensor(self.all_gather(own)).reshape(-1, len(own))
-        if not bool((everyone == own).all()):
-            raise MergeError("suite: base or experts differ between ranks; all ranks must read the same files")
+        check_agreement(self, learned=True)
+
+    def teardown(self, stage: str) -> None:
+        """Watch no longer for the end of rank zero."""
+        stop_watching()
 
     # Adapting: see AdaptationSteps -------------------------------------------------------------------------------
 
@@ -310,7 +315,8 @@ class MergeModule(StreamSteps, ABC):
         self.recalibrate(datamodule.adaptation_batches())
 
     def prepare_evaluation(self) -> None:
-        """Calibrate with the images of the trainer's data module."""
+        """Check that all ranks hold the same, and calibrate with the images of the trainer's data module."""
+        check_agreement(self, learned=True)
         self.calibrate(getattr(self.trainer, "datamodule", None))
 
     def forward(self, images: Tensor, task: str) -> Tensor:

@@ -5,48 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from rank_group import Ended, in_ranks
+from kills import _fork, _status
+from rank_group import Fate, How, Moment, _join, ends, free_port, in_ranks
 from ranks import ALL, odd, trainer
 
-from lit_merge import AdaMerging, TaskDataModule
+from lit_merge import AdaMerging, TaskDataModule, lost_ranks, main
 from lit_merge.callbacks import CollapseMonitor, Report, ResumePoint
-
-Moment = Literal["step", "validation", "test"]
-How = Literal["kill", "raise"]
-
-
-class Fate(L.Callback):
-    """What happens to one rank."""
-
-    def __init__(self, rank: int, moment: Moment, how: How) -> None:
-        self.rank, self.moment, self.how = rank, moment, how
-
-    def _now(self, trainer: L.Trainer, moment: Moment) -> None:
-        if (trainer.global_rank, moment) != (self.rank, self.moment):
-            return
-        if self.how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise ValueError("this rank has a problem of its own")
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 3:
-            self._now(trainer, "step")
-
-    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step >= 3:
-            self._now(trainer, "validation")
-
-    def on_test_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._now(trainer, "test")
-
 
 def fit(folder: Path, *more: L.Callback) -> None:
     """What the command does, on one of two ranks."""
@@ -74,19 +47,52 @@ def uninterrupted() -> dict[str, Any]:
     return left(folder)
 
 
-def group(folder: Path, fate: Fate) -> list[Ended]:
-    return in_ranks(2, lambda _: fit(folder, fate))
-
-
 @pytest.mark.parametrize(
     ("rank", "moment", "how"),
     [(0, "step", "kill"), (1, "step", "kill"), (0, "validation", "kill"), (1, "test", "kill"), (1, "step", "raise")],
 )  # fmt: skip
 def test_the_others_end_and_a_resumed_run_is_the_same(tmp_path: Path, rank: int, moment: Moment, how: How) -> None:
-    ended = group(tmp_path, Fate(rank, moment, how))
+    ended = in_ranks(2, lambda _: fit(tmp_path, Fate(rank, moment, how)))
     assert ended[rank].status == (-signal.SIGKILL if how == "kill" else 1)
     assert ended[1 - rank].status not in (0, -signal.SIGKILL)
     assert ended[1 - rank].seconds - ended[rank].seconds < 10
     assert not (tmp_path / "report.json").exists()
     assert [each.status for each in in_ranks(2, lambda _: fit(tmp_path))] == [0, 0]
     assert left(tmp_path) == uninterrupted()
+
+
+def test_a_busy_rank_ends_with_the_one_that_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # under the strategy ddp rank zero starts the others; busy ones notice nothing, as those that wait for NCCL
+    monkeypatch.setattr(lost_ranks, "ParentWatch", partial(lost_ranks.ParentWatch, grace=0.2, period=0.05))
+    port, fate = free_port(), Fate(0, "step", "kill", step=1, busy=True)
+
+    def rank_zero() -> None:
+        _fork(lambda: _join(1, 2, port, lambda _: said(tmp_path / "stderr", lambda: fit(tmp_path, fate))))
+        _join(0, 2, port, lambda _: fit(tmp_path, fate))
+
+    assert _status(_fork(rank_zero)) == -signal.SIGKILL
+    assert ends(int((tmp_path / "pid-1").read_text()), 10)
+    assert "error: rank 1 ends, because the rank that started it is gone\n" in (tmp_path / "stderr").read_text()
+
+
+def said(path: Path, work: Any) -> None:
+    """Do something with standard error in a file."""
+    os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    work()
+
+
+def test_the_error_that_counts_is_that_of_the_rank_that_failed(tmp_path: Path) -> None:
+    arguments = [
+        *("fit", "--config", "adamerging.yaml", "--suite", "toys.ToySuite", "--trainer.accelerator", "cpu"),
+        *("--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false", "--data.steps_per_epoch", "4"),
+        *("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.callbacks+", "rank_group.Fate"),
+        *("--trainer.callbacks.rank", "1", "--trainer.callbacks.moment", "step", "--trainer.callbacks.how", "raise"),
+    ]
+    os.chdir(tmp_path)
+    ended = in_ranks(2, lambda rank: said(tmp_path / str(rank), lambda: main(arguments)))
+    assert [each.status for each in ended] == [1, 1]
+    zero, one = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    assert "error: this rank has a problem of its own\n" in one
+    assert "error: another rank of this run has ended; if it does not say why, it was killed\n" in zero
+    assert "gloo" not in zero.partition("error: ")[2].partition("Traceback")[0]
