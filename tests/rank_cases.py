@@ -63,23 +63,25 @@ class Case:
         )  # fmt: skip
         report = Report()
         callbacks = [report, ResumePoint(), *([SequentialMerging(self.stream, evaluate="all")] if self.stream else [])]
-        options = {"strategy": "ddp"} if ranks > 1 else {}
-        engine = trainer(folder, ranks, max_epochs=None if self.stream else 1, callbacks=callbacks, **options)
+        options: dict[str, Any] = {"max_epochs": None if self.stream else 1}
+        options |= {"strategy": "ddp"} if ranks > 1 else {}
+        engine = trainer(folder, ranks, callbacks=callbacks, limit_val_batches=0, **options)
         with watched() as steps:
             engine.fit(module, datamodule=data)
-        fitted = module.results
         engine.test(module, datamodule=data, verbose=False)
         return {
             "steps": steps,
             "learned": {name: value.detach().clone() for name, value in module.state_dict().items()},
-            "validation": fitted,
             "report": {key: report.content[key] for key in ("tasks", "mean", "extra", "protocol")},
         }
 
 
 @contextmanager
 def watched() -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
-    """Note gradient and new value of every parameter at every step of any optimizer, also of one that works by hand."""
+    """Note gradient and new value of every parameter after each step of any optimizer, also where it is called by hand.
+
+    Only then has an optimizer that is given a closure called it.
+    """
     steps: list[list[tuple[Tensor, Tensor]]] = []
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -95,6 +97,7 @@ def watched() -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
 
 _MASKS = {"optimizer": FAST, "mask_steps": 2}
 _SAFE = WeightedSum([Entropy(), PerturbationConsistency()], [1.0, 0.5])
+_DOGE = DogeTransform(steps=3, layers="matrices", others="keep")
 _BY_NAME = [{"filter": "conv", "value": "block"}, {"value": 2}]
 
 CASES: dict[str, Case] = {
@@ -104,7 +107,7 @@ CASES: dict[str, Case] = {
     "adamerging-depth": Case(AdaMerging, {"granularity": 2, "softmax": True}),
     "adamerging-by-name": Case(AdaMerging, {"granularity": _BY_NAME, "bounds": (0.29, 0.31)}),
     "adamerging-plus-plus": Case(AdaMerging, {"transforms": [Ties()]}, protocol="online"),
-    "adamerging-after-doge": Case(AdaMerging, {"transforms": [DogeTransform(steps=3, layers="matrices", others="keep")]}),
+    "adamerging-after-doge": Case(AdaMerging, {"transforms": [_DOGE]}),
     "adamerging-perturbed": Case(AdaMerging, {"objective": _SAFE}, tolerance=1e-6),
     "adamerging-stream": Case(AdaMerging, {"objective": ALL}, stream=1),
     "singular": Case(SingularAdaMerging, {"convolutions": True}),

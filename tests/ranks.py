@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +80,34 @@ class Record(L.Callback):
             },
         }
         torch.save(content, self.folder / f"{stage}-{trainer.global_rank}.pt")
+
+
+class OneRank(L.Callback):
+    """Fails if another rank than the first writes a file, or has something of ours to say to a logger."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if trainer.global_rank == 0:
+            return
+        paths: Any = Path
+        system: Any = os
+        inherited = Path.open
+
+        def refuse(*args: Any, **_: Any) -> None:
+            raise AssertionError(f"rank {trainer.global_rank} writes {args}")
+
+        def reading(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            return refuse(path) if set(mode) & set("wax+") else inherited(path, mode, *args, **kwargs)
+
+        paths.open, paths.replace = reading, refuse
+        system.replace = system.rename = refuse
+        for logger in trainer.loggers:  # which by themselves ignore other ranks
+            vars(logger)["log_metrics"] = partial(self._listen, logger.log_metrics)
+
+    @staticmethod
+    def _listen(log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        caller = sys._getframe(1).f_globals["__name__"]
+        assert not caller.startswith("lit_merge"), f"{caller} logs {args}"
+        log(*args, **kwargs)
 
 
 def trainer(folder: Path, ranks: int, **kwargs: Any) -> MergeTrainer:

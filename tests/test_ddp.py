@@ -17,7 +17,8 @@ import lightning as L
 import pytest
 import torch
 from kills import in_child
-from ranks import ALL, Record, close, odd, run, trainer
+from rank_group import ends
+from ranks import ALL, OneRank, Record, close, odd, run, trainer
 from torch.multiprocessing.spawn import ProcessExitedException
 from toys import ToySuite, expert_state, network
 
@@ -102,26 +103,6 @@ def test_a_method_that_learns_nothing_is_scored_by_all_ranks(tmp_path: Path) -> 
     assert sum(row["n"] for row in reports[1].values()) == 36
 
 
-class OneRank(L.Callback):
-    """Fails if a file is written by another rank than the first."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if trainer.global_rank == 0:
-            return
-        paths: Any = Path
-        system: Any = os
-        inherited = Path.open
-
-        def refuse(*args: Any, **_: Any) -> None:
-            raise AssertionError(f"rank {trainer.global_rank} writes {args}")
-
-        def reading(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            return refuse(path) if set(mode) & set("wax+") else inherited(path, mode, *args, **kwargs)
-
-        paths.open, paths.replace = reading, refuse
-        system.replace = system.rename = refuse
-
-
 def test_files_are_written_by_rank_zero_only(tmp_path: Path) -> None:
     suite = odd()
     model = AdaMerging(suite=suite)
@@ -145,7 +126,7 @@ class Unequal(ToySuite):
 def test_banks_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     suite = Unequal("cnn")
     engine = trainer(tmp_path, 2, max_epochs=1)
-    with pytest.raises(Exception, match="ranks differ: expert 'task.a' is .* all ranks must read the same files"):
+    with pytest.raises(Exception, match=r"ranks differ: expert 'task.a' is .* all ranks must read the same files"):
         engine.fit(AdaMerging(suite=suite), datamodule=TaskDataModule(suite, batch_size=4))
 
 
@@ -183,26 +164,31 @@ def arguments(*more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_real_command_with_two_processes(tmp_path: Path) -> None:
+def test_the_real_command_with_two_processes_that_are_killed_once(tmp_path: Path) -> None:
     main(arguments("--data.batch_size", "8"))
     alone = tmp_path / "runs" / "adamerging" / "version_0"
     paths = [str(Path(__file__).parent), str(Path(lit_merge.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     (tmp_path / "ddp").mkdir()
     options = arguments("--data.batch_size", "4", "--trainer.strategy", "ddp", "--trainer.devices", "2")
 
-    def command() -> None:
+    def command(*more: str) -> None:
         """What ``python -m lit_merge`` does, in a fork that has imported everything; Lightning starts the other."""
         os.chdir(tmp_path / "ddp")
         os.environ.update(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS="1")
         for number, name in enumerate(("stdout", "stderr"), start=1):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), number)
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
             setattr(sys, name, os.fdopen(number, "w", buffering=1))
-        sys.argv = ["lit_merge", *options]
+        sys.argv = ["lit_merge", *options, *more]
         runpy.run_module("lit_merge", run_name="__main__", alter_sys=True)
         with suppress(ChildProcessError):  # Lightning has waited for it, and looked at its status
             assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
 
-    status = in_child(command)
+    fate = {"rank": "0", "moment": "step", "how": "kill", "step": "5", "busy": "true"}
+    given = [text for key, value in fate.items() for text in (f"--trainer.callbacks.{key}", value)]
+    assert in_child(lambda: command("--trainer.callbacks+", "rank_group.Fate", *given)) == -signal.SIGKILL
+    assert ends(int((tmp_path / "ddp" / "pid-1").read_text()), 15)  # it was busy, and was told by nobody
+    assert "error: rank 1 ends" in (tmp_path / "ddp" / "stderr").read_text()
+    status = in_child(lambda: command("--ckpt_path", "last"))
     stdout, stderr = ((tmp_path / "ddp" / name).read_text() for name in ("stdout", "stderr"))
     assert status == 0, stderr[-3000:]
     assert "Traceback" not in stderr

