@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from ranks import ALL, odd, trainer
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lit_merge import MergeModule, TaskDataModule, methods
 from lit_merge.callbacks import Report, ResumePoint, SequentialMerging
 from lit_merge.methods import AWM, DAM, SAU, AdaMerging, ConcreteMerging, Doge, SingularAdaMerging, Wudi
-from lit_merge.objectives import Entropy, PerturbationConsistency, WeightedSum
+from lit_merge.objectives import Diversity, Entropy, PerturbationConsistency, WeightedSum
 from lit_merge.transforms import Doge as DogeTransform
 from lit_merge.transforms import Ties
 
@@ -62,7 +63,13 @@ class Case:
             steps_per_epoch=None if self.protocol == "online" else STEPS,
         )  # fmt: skip
         report = Report()
-        callbacks = [report, ResumePoint(), *([SequentialMerging(self.stream, evaluate="all")] if self.stream else [])]
+        images = Images()
+        callbacks = [
+            report,
+            images,
+            ResumePoint(),
+            *([SequentialMerging(self.stream, evaluate="all")] if self.stream else []),
+        ]
         options: dict[str, Any] = {"max_epochs": None if self.stream else 1}
         options |= {"strategy": "ddp"} if ranks > 1 else {}
         engine = trainer(folder, ranks, callbacks=callbacks, limit_val_batches=0, **options)
@@ -71,9 +78,24 @@ class Case:
         engine.test(module, datamodule=data, verbose=False)
         return {
             "steps": steps,
+            "images": images.seen,
             "learned": {name: value.detach().clone() for name, value in module.state_dict().items()},
             "report": {key: report.content[key] for key in ("tasks", "mean", "extra", "protocol")},
         }
+
+
+class Images(L.Callback):
+    """Notes the images of each step, as callbacks see them."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, list[int]]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        found = {task: index.tolist() for task, index in outputs.get("index", {}).items()}
+        assert {task: len(logits) for task, logits in outputs.get("logits", {}).items()} == {
+            task: len(index) for task, index in found.items()
+        }
+        self.seen.append(found)
 
 
 @contextmanager
@@ -96,6 +118,7 @@ def watched() -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
 
 
 _MASKS = {"optimizer": FAST, "mask_steps": 2}
+_OVER_IMAGES = WeightedSum([Entropy(), Diversity()])  # the latter is not a mean over images
 _SAFE = WeightedSum([Entropy(), PerturbationConsistency()], [1.0, 0.5])
 _DOGE = DogeTransform(steps=3, layers="matrices", others="keep")
 _BY_NAME = [{"filter": "conv", "value": "block"}, {"value": 2}]
@@ -111,15 +134,16 @@ CASES: dict[str, Case] = {
     "adamerging-perturbed": Case(AdaMerging, {"objective": _SAFE}, tolerance=1e-6),
     "adamerging-stream": Case(AdaMerging, {"objective": ALL}, stream=1),
     "singular": Case(SingularAdaMerging, {"convolutions": True}),
-    "concrete": Case(ConcreteMerging, _MASKS),
+    "concrete": Case(ConcreteMerging, {**_MASKS, "objective": _OVER_IMAGES}),
     "concrete-released": Case(ConcreteMerging, {**_MASKS, "preset": "released"}),
-    "concrete-fixed": Case(ConcreteMerging, {"optimizer": FAST, "coefficients": "fixed"}),
+    "concrete-fixed": Case(ConcreteMerging, {"optimizer": FAST, "coefficients": "fixed"}, protocol="online"),
+    "concrete-perturbed": Case(ConcreteMerging, {**_MASKS, "objective": _SAFE}, tolerance=1e-6),
     "dam": Case(DAM, {"mask_steps": 2, "mask_rate": 0.3}, tolerance=1e-6),
     "dam-released": Case(DAM, {"mask_steps": 2, "preset": "released", "inner_step": "sgd"}, tolerance=1e-6),
     "dam-masks-alone": Case(DAM, {"coefficient_stage": "none", "mask_rate": 0.3}, protocol="online", tolerance=1e-6),
     "dam-stream": Case(DAM, {"mask_steps": 2, "mask_rate": 0.3}, stream=1, tolerance=1e-6),
     "awm": Case(AWM, {"optimizer": FAST, "unit": "neuron", "alpha": 0.5}, tolerance=1e-6),
-    "sau": Case(SAU, {"optimizer": FAST, "alpha": 0.5}, tolerance=1e-6),
+    "sau": Case(SAU, {"optimizer": FAST, "objective": _OVER_IMAGES}, protocol="online", tolerance=1e-6),
     "doge": Case(Doge, {"layers": "matrices"}),
     "wudi": Case(Wudi, {"layers": "matrices"}),
 }

@@ -164,7 +164,7 @@ def test_no_rank_waits_for_one_that_stops(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(sent) == len(module.values)
 
 
-# Several ranks, and resuming -----------------------------------------------------------------------------------------
+# Resuming; tests/test_ranks.py has several ranks ---------------------------------------------------------------------
 
 
 class Write(L.Callback):
@@ -176,21 +176,6 @@ class Write(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DataFreeModule)
         torch.save((trainer.global_step, pl_module.learned()), self.folder / f"{trainer.global_rank}.pt")
-
-
-def test_two_ranks_are_one(tmp_path: Path) -> None:
-    found = []
-    for ranks in (1, 2):
-        (folder := tmp_path / str(ranks)).mkdir()
-        module = Doge(suite=ToySuite("vit"), optimizer=ADAM)
-        data = TaskDataModule(module.suite, steps_per_epoch=5)
-        engine = trainer(folder, ranks, max_epochs=1, callbacks=[Write(folder), ResumePoint()], limit_val_batches=0)
-        engine.fit(module, datamodule=data)
-        found += [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-    (steps, alone), *others = found
-    assert steps == 5
-    assert all(other[0] == 5 and equal(other[1], alone) for other in others)
-    assert any(value.abs().max() > 0.03 for value in alone.values())
 
 
 def test_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:

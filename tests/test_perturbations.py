@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as tf
 from callbacks_helpers import Batches
-from ranks import close, odd, trainer
+from ranks import close
 from testers import TINY
 from torch import Tensor
 from torch.func import functional_call
@@ -19,7 +19,6 @@ from toys import ToySuite
 
 from lit_merge import AdaMerging, Entropy, MergeError, MergeTrainer, TaskDataModule, WeightedSum
 from lit_merge.data.pixels import PixelScale
-from lit_merge.methods import ConcreteMerging
 from lit_merge.objectives import PerturbationConsistency, TaskOutput
 from lit_merge.perturbations import Ascent, UniversalPerturbations, fooled
 
@@ -196,23 +195,6 @@ def test_a_checkpoint_has_the_perturbations_and_fits_a_merge_without(tmp_path: P
     plain: Any = load()
     assert plain.perturbations is None
     assert torch.equal(plain.coefficients, module.coefficients)
-
-
-@pytest.mark.parametrize("kind", [AdaMerging, ConcreteMerging])
-def test_two_ranks_are_one(tmp_path: Path, kind: Any) -> None:
-    found: list[Any] = []
-    for ranks in (1, 2):
-        (folder := tmp_path / str(ranks)).mkdir()
-        suite = odd()  # sizes 13, 1 and 22, in double precision
-        module = kind(suite=suite, objective=safe(), optimizer=SGD)
-        data = TaskDataModule(suite, batch_size=6 // ranks, steps_per_epoch=3, seed=3)
-        engine = trainer(folder, ranks, max_epochs=1)
-        engine.fit(module, datamodule=data)
-        engine.save_checkpoint(folder / "merge.ckpt")
-        found.append(torch.load(folder / "merge.ckpt", weights_only=True)["state_dict"])
-    for name, value in found[0].items():
-        close(found[1][name], value, 1e-6)
-        assert value.abs().max() > 0
 
 
 def test_terms_share_one_perturbation() -> None:

@@ -41,6 +41,9 @@ def check(name: str, alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None
         for key, value in wanted.items():
             same = value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-7)
             assert got[key] == same, f"{name}: {key}"
+    for whole, *parts in zip(alone["images"], *(rank["images"] for rank in ranks), strict=True):
+        for task, images in whole.items():
+            assert sorted(place for part in parts for place in part.get(task, [])) == sorted(images)
     moved = [float(gradient.abs().max()) for step in alone["steps"] for gradient, _ in step if gradient.numel()]
     assert max(moved) > 1e-6  # there was something to compare
 

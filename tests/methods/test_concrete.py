@@ -13,16 +13,15 @@ import torch
 from callbacks_helpers import Batches
 from kills import Case, Kill, When, check, fit, in_child, uninterrupted
 from lightning.pytorch.cli import ReduceLROnPlateau
-from ranks import close, odd, trainer
+from ranks import close
 from testers import TINY, MergeTester
 from torch import Tensor
 from torch.func import functional_call
 from toys import ToySuite
 
 from lit_merge import AdaMerging, Entropy, MergeError, MergeTrainer, TaskArithmetic, TaskDataModule
-from lit_merge.callbacks import ResumePoint
 from lit_merge.methods.concrete import ConcreteMerging
-from lit_merge.objectives import Diversity, TaskOutput, WeightedSum
+from lit_merge.objectives import TaskOutput
 from lit_merge.suites import Suite
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -255,57 +254,6 @@ def test_refuses_masks_that_differ_between_ranks(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ConcreteMerging, "all_gather", lambda self, x: torch.stack([x, x + 1]))
     with pytest.raises(MergeError, match="ConcreteMerging: the ranks draw different masks from one seed"):
         fitted(ToySuite(), 1)
-
-
-class Write(L.Callback):
-    """Writes what each rank has learned, and whether its mask is that of the others."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.seen = folder, list[Any]()
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        self.seen.append({task: sorted(index.tolist()) for task, index in outputs["index"].items()})
-        assert all(len(outputs["logits"][task]) == len(index) for task, index in outputs["index"].items())
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ConcreteMerging)
-        mask = pl_module.mask(pl_module.logits, "sample", 7).recipe(0, pl_module.logits.detach()[:40])
-        state = {name: value.detach() for name, value in pl_module.named_parameters()}
-        torch.save({**state, "mask": mask, "seen": self.seen}, self.folder / f"{trainer.global_rank}.pt")
-
-
-@pytest.mark.parametrize(
-    ("options", "protocol"),
-    [
-        ({}, "transductive"),
-        ({}, "online"),
-        ({"preset": "released"}, "transductive"),
-        ({"coefficients": "fixed"}, "online"),
-    ],
-    ids=str,
-)
-def test_two_ranks_are_one(tmp_path: Path, options: dict[str, Any], protocol: Any) -> None:
-    found: list[Any] = []
-    for ranks in (1, 2):
-        (folder := tmp_path / str(ranks)).mkdir()
-        suite = odd()  # sizes 13, 1 and 22, in double precision
-        module = ConcreteMerging(
-            suite=suite, objective=WeightedSum([Entropy(), Diversity()]), optimizer=SGD, mask_rate=5.0, mask_steps=3,
-            **options,
-        )  # fmt: skip
-        data = TaskDataModule(suite, batch_size=6 // ranks, protocol=protocol, steps_per_epoch=5, seed=3)
-        engine = trainer(folder, ranks, max_epochs=1, callbacks=[Write(folder), ResumePoint()])
-        engine.fit(module, datamodule=data)
-        found += [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-    alone, first, second = found
-    assert torch.equal(first["mask"], second["mask"])
-    for key in ("logits", "coefficients", "moved"):
-        assert torch.equal(first[key], second[key])
-        close(first[key], alone[key])
-    assert alone["logits"].abs().max() > 0.01
-    for whole, *parts in zip(alone["seen"], first["seen"], second["seen"], strict=True):
-        for task, images in whole.items():
-            assert sorted(i for part in parts for i in part.get(task, [])) == images
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,17 @@ import torch.nn.functional as tf
 from callbacks_helpers import Batches
 from kills import Case, Kill, check, fit, in_child, uninterrupted
 from laboratory import laboratory
-from ranks import close, odd, trainer
+from ranks import close
 from testers import TINY, MergeTester
 from torch import Tensor
 from torch.func import functional_call
 from toys import ToySuite
 
 from lit_merge import MergeError, MergeTrainer, TaskArithmetic, TaskDataModule
-from lit_merge.callbacks import BackdoorMonitor, CoefficientMonitor, Report, ResumePoint
+from lit_merge.callbacks import BackdoorMonitor, CoefficientMonitor, Report
 from lit_merge.checkpoints.export import write_merged
 from lit_merge.methods import AWM, SAU
-from lit_merge.methods.post_hoc import AdversarialMasking
-from lit_merge.objectives import Diversity, Entropy, ExpertAlignment, TaskOutput, WeightedSum
+from lit_merge.objectives import Entropy, ExpertAlignment, TaskOutput, WeightedSum
 from lit_merge.objectives.shared_adversarial import shared_adversarial_gain, shared_adversarial_loss
 from lit_merge.suites import Suite
 
@@ -234,35 +233,7 @@ def test_names_wrong_arguments(make: Any, arguments: dict[str, Any], message: st
         make(suite=ToySuite(), **arguments)
 
 
-# Several ranks, and resuming -----------------------------------------------------------------------------------------
-
-
-class Write(L.Callback):
-    """Writes what each rank has learned."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, AdversarialMasking)
-        torch.save(pl_module.state_dict(), self.folder / f"{trainer.global_rank}.pt")
-
-
-def test_two_ranks_are_one(tmp_path: Path) -> None:
-    found: list[Any] = []
-    for ranks in (1, 2):
-        (folder := tmp_path / str(ranks)).mkdir()
-        suite = odd()  # sizes 13, 1 and 22, in double precision
-        module = SAU(suite=suite, objective=WeightedSum([Entropy(), Diversity()]), optimizer=SGD, alpha=1.0)
-        data = TaskDataModule(suite, batch_size=10 // ranks, protocol="online", seed=3)  # the last are uneven
-        trainer(folder, ranks, max_epochs=1, callbacks=[Write(folder), ResumePoint()]).fit(module, datamodule=data)
-        found += [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
-    alone, first, second = found
-    for name, value in alone.items():
-        assert torch.equal(first[name], second[name])
-        close(first[name], value, 1e-6 if value.dtype == torch.float32 else 1e-10)
-    assert alone["logits"].abs().max() > 0.01
-    assert alone["fooling"].max() > 0
+# Resuming; tests/test_ranks.py has several ranks ---------------------------------------------------------------------
 
 
 class Shown(SAU):
