@@ -126,7 +126,7 @@ def _images(data: Any) -> dict[str, str]:  # noqa: ANN401 - any data module, or 
         return {}
     found = {f"data: {key}": described(value) for key, value in data.state_dict().items()}
     for part in ("adapt", "score"):
-        for task, positions in data.positions(part).items():  # type: ignore[arg-type]
+        for task, positions in data.positions(part).items():
             found[f"images of {task!r} to {part}"] = str(len(positions))
     return found
 

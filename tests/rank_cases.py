@@ -108,7 +108,7 @@ def watched() -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
 
     def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        steps.append([(p.grad.detach().clone(), p.detach().clone()) for p in parameters])  # type: ignore[union-attr]
+        steps.append([(p.grad.detach().clone(), p.detach().clone()) for p in parameters])
 
     handle = register_optimizer_step_post_hook(note)
     try:

@@ -25,7 +25,7 @@ class Drawn(ConcreteMerging):
     def make_parameters(self, bank: Any) -> None:
         super().make_parameters(bank)
         with torch.no_grad():
-            self.logits += torch.distributed.get_rank()
+            self.logits.add_(torch.distributed.get_rank())
 
 
 def objective(rank: int) -> WeightedSum:

@@ -13,7 +13,7 @@ import torch
 import yaml
 from rank_group import gathered
 
-from lit_merge import callbacks, main
+from lit_merge import MergeModule, MergeTrainer, callbacks, main
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "SequentialMerging": {"epochs_per_task": 1, "evaluate": "all", "data": "seen"},
@@ -53,6 +53,8 @@ def command() -> str:
     sys.stdout = Path(f"said-{os.environ.get('LOCAL_RANK', 0)}").open("w")  # noqa: SIM115
     cli = main(["fit", "--config", "all.yaml"])
     assert cli is not None
+    assert isinstance(cli.trainer, MergeTrainer)
+    assert isinstance(cli.model, MergeModule)
     path = cli.trainer.export(cli.model, output="by-hand")
     assert path.is_file()
     sys.stdout.close()
