@@ -39,11 +39,11 @@ def check_agreement(module: MergeModule, *, learned: bool) -> None:
     Raises:
         MergeError: Something differs; the message, the same on all ranks, says what.
     """
-    if module._trainer is None or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if module._trainer is None or module.trainer.world_size == 1 or not dist.is_initialized():
         return
     own = settings(module, learned=learned)
     digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
-    digests: list[Any] = [None] * dist.get_world_size()
+    digests: list[Any] = [None] * module.trainer.world_size
     dist.all_gather_object(digests, digest)
     if len(set(digests)) > 1:
         everyone: list[Any] = [None] * len(digests)
