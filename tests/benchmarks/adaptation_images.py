@@ -43,7 +43,9 @@ def pictures(folder: Path, count: int, side: int, seed: int = 0) -> int:
     """Write JPEGs of two classes; their size in bytes."""
     rng = np.random.default_rng(seed)
     for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(coarse) + rng.normal(scale=8, size=(side, side, 3))
         path = folder / f"class{number % 2}" / f"{number:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

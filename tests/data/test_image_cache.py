@@ -116,7 +116,7 @@ def test_a_budget_goes_to_the_smallest_tasks_first_and_is_kept_to(folder: Path) 
 
 def test_what_is_in_memory_or_random_is_left_out(folder: Path) -> None:
     noisy = FolderImages(folder, transform=T.Compose([CUT, T.Lambda(lambda image: image + torch.rand(()))]))
-    data = {"memory": ToyData(9, 3, seed=0), "random": noisy}
+    data: dict[str, Any] = {"memory": ToyData(9, 3, seed=0), "random": noisy}
     assert cache_images(data, dict.fromkeys(data, range(9)), 2**20) == {}
 
 
