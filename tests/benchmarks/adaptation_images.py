@@ -5,8 +5,9 @@
 The pictures are made from a seed: smooth colours with noise, which JPEG packs about as tightly as photographs, in one
 folder per class. The preprocessing is that of CLIP at 224 pixels (bicubic, centre crop, normalised). A pass is every
 image once, in the order of adaptation, in batches of 16, without a network. The first pass with a cache decodes and
-fills it, the second reads from it. Every row has processes of its own; the median of several is shown. Bytes of one
-batch are compared between the rows, so that a cache which changed an image would be seen.
+fills it, the second reads from it. The rows take turns, and the median of several runs is shown. Processor time, with
+that of the workers, hardly depends on what else the machine does. One image of each batch is compared between the rows,
+so that a cache which changed an image would be seen.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -66,11 +68,11 @@ def passes(folder: Path, workers: int, cache: int, count: int) -> dict[str, Any]
     data = TaskDataModule(suite, batch_size=16, num_workers=workers, image_cache=cache, seed=0)
     data.setup("fit")
     digest = hashlib.sha256()
-    speeds = []
+    speeds, work = [], []
     loader = data.train_dataloader()
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
-        start, seen, busy = time.perf_counter(), 0, 0.0
+        start, seen, busy, before = time.perf_counter(), 0, 0.0, sum(os.times()[:4])
         for batch in loader:
             images = batch["x"].images
             seen += len(images)
@@ -78,10 +80,13 @@ def passes(folder: Path, workers: int, cache: int, count: int) -> dict[str, Any]
             digest.update(images[0].numpy().tobytes())
             busy += time.perf_counter() - hashing
         speeds.append(seen / (time.perf_counter() - start - busy))
+        work.append(1000 * (sum(os.times()[:4]) - before - busy) / seen)
     caches = list((data._caches or {}).values())
     return {
         "first": speeds[0],
         "second": speeds[1],
+        "first_cpu_ms": work[0],
+        "second_cpu_ms": work[1],
         "cache_bytes": sum(each.reserved for each in caches),
         "kept": sum(each.kept for each in caches),
         "digest": digest.hexdigest(),
@@ -90,11 +95,12 @@ def passes(folder: Path, workers: int, cache: int, count: int) -> dict[str, Any]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    lines = ["| workers | cache | first pass | second pass | memory |", "|---|---|---|---|---|"]
+    lines = ["| workers | cache | first pass | second pass | CPU per image | memory |", "|---|---|---|---|---|---|"]
     for row in rows:
         cache = "on" if row["cache"] else "off"
         speeds = " | ".join(f"{row[key]:.0f} images/s" for key in ("first", "second"))
-        lines.append(f"| {row['workers']} | {cache} | {speeds} | {row['cache_bytes'] / 1e6:.0f} MB |")
+        work = ", ".join(f"{row[key]:.1f}" for key in ("first_cpu_ms", "second_cpu_ms"))
+        lines.append(f"| {row['workers']} | {cache} | {speeds} | {work} ms | {row['cache_bytes'] / 1e6:.0f} MB |")
     return "\n".join(lines)
 
 
@@ -118,7 +124,7 @@ def main() -> None:
                 for cache, runs in found.items():  # in turn, as the machine may have other work
                     runs.append(passes(folder, workers, cache, options.images))
             for cache, runs in found.items():
-                middle = {key: median(run[key] for run in runs) for key in ("first", "second", "cache_bytes", "kept")}
+                middle = {key: median(run[key] for run in runs) for key in runs[0] if key != "digest"}
                 rows.append({"workers": workers, "cache": cache, **middle, "digest": runs[0]["digest"]})
     if len({row["digest"] for row in rows}) != 1:
         raise SystemExit("the rows have different images")
