@@ -65,8 +65,7 @@ class CollapseMonitor(L.Callback):
     def _close(self, trainer: L.Trainer, *, check: bool) -> None:
         rows: list[list[str | int | float]] = []
         metrics = {}
-        for task, local in self._sums.items():
-            mass, counts = trainer.strategy.reduce(local, reduce_op="sum").cpu()
+        for task, (mass, counts) in self._totals(trainer).items():
             share = mass / mass.sum()
             entropy = float(torch.special.entr(share).sum())
             metrics[f"predictions/marginal_entropy/{task}"] = entropy
@@ -78,6 +77,15 @@ class CollapseMonitor(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, trainer.global_step)
             log_table(trainer, "predictions/histogram", ["task", "class", "predictions"], rows)
+
+    def _totals(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """Sums of all ranks, read from the device at once."""
+        if not self._sums:
+            return {}
+        flat = torch.cat([local.flatten() for local in self._sums.values()])  # a copy: it is reduced in place
+        parts = torch.as_tensor(trainer.strategy.reduce(flat, reduce_op="sum")).cpu()
+        parts = parts.split([local.numel() for local in self._sums.values()])
+        return {task: part.reshape(2, -1).clone() for task, part in zip(self._sums, parts, strict=True)}
 
     def _check(self, task: str, entropy: float, top: float) -> None:
         effective = float(torch.tensor(entropy).exp())
@@ -99,9 +107,7 @@ class CollapseMonitor(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the window so far; rank zero writes the checkpoint, so it has the sums of all ranks."""
-        copies = {task: local.clone() for task, local in self._sums.items()}  # reduced in place
-        sums = {task: trainer.strategy.reduce(local, reduce_op="sum").cpu() for task, local in copies.items()}
-        checkpoint["lit_merge_predictions"] = sums
+        checkpoint["lit_merge_predictions"] = self._totals(trainer)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with the window."""
@@ -118,4 +124,6 @@ def _logits(outputs: Any) -> dict[str, Tensor]:  # noqa: ANN401 - whatever a tra
 def _counts(logits: Tensor) -> Tensor:
     """Probability mass and predictions per class, ``(2, C)``."""
     mass = logits.float().softmax(-1).sum(0)
-    return torch.stack([mass, torch.bincount(logits.argmax(-1), minlength=len(mass)).to(mass.dtype)])
+    hits = logits.argmax(-1, keepdim=True) == torch.arange(len(mass), device=mass.device)
+    # bincount would wait for the device, to see the largest class
+    return torch.stack([mass, hits.sum(0).to(mass.dtype)])

@@ -53,10 +53,11 @@ class Report(L.Callback):
         """Count steps, and score the images of a stream as they arrive."""
         self._steps = trainer.global_step
         if _protocol(trainer) == "online":
-            self._stream.update(trainer, outputs)
+            self._stream.update(outputs)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock."""
+        """Count the rest of a stream, and stop the clock."""
+        self._stream.settle(trainer)
         self._seconds += time.monotonic() - self._started
         self._started = 0.0
 

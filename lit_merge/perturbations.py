@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as tf
 from torch import Tensor, nn
 
-from lit_merge.data.pixels import PixelScale
+from lit_merge.data.pixels import PixelScale, per_channel
 from lit_merge.errors import MergeError
 from lit_merge.suites.base import Suite
 
@@ -124,7 +124,7 @@ class UniversalPerturbations(nn.Module):
         """
         scale = self.scales[task]
         change = (self.delta(task) if delta is None else delta).to(images)
-        std = images.new_tensor(scale.std)[:, None, None]
+        std = per_channel(scale.std, images)
         if box == "unit":
             return (images + change / std).clamp(0, 1)
         if box == "none":

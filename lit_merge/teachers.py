@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from lit_merge.data.batches import UnlabelledBatch
@@ -25,7 +24,8 @@ class TeacherCache:
 
     def __init__(self, budget: int = 2**30) -> None:
         self.budget = budget
-        self._kept: dict[str, tuple[Tensor, Tensor, Tensor] | None] = {}
+        # which positions are there is known on the host: asking the device would wait for all that it has to do
+        self._kept: dict[str, tuple[set[int], Tensor, Tensor] | None] = {}
 
     def clear(self) -> None:
         """Forget everything; the whole budget is free again."""
@@ -45,7 +45,7 @@ class TeacherCache:
             compute: Maps images to features and logits.
         """
         kept = self._kept.get(task)
-        if kept is not None and bool(kept[0][batch.index].all()):
+        if kept is not None and kept[0].issuperset(batch.on_host()):
             return kept[1][batch.index], kept[2][batch.index]
         features, logits = compute(batch.images)
         if task not in self._kept:
@@ -53,13 +53,12 @@ class TeacherCache:
         if kept is not None:
             known, all_features, all_logits = kept
             all_features[batch.index], all_logits[batch.index] = features, logits
-            known[batch.index] = True
+            known.update(batch.on_host())
         return features, logits
 
-    def _reserve(self, size: int, features: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _reserve(self, size: int, features: Tensor, logits: Tensor) -> tuple[set[int], Tensor, Tensor] | None:
         needed = size * sum(x[0].numel() * x.element_size() for x in (features, logits))
         if needed > self.budget:
             return None
         self.budget -= needed
-        known = torch.zeros(size, dtype=torch.bool, device=features.device)
-        return known, features.new_empty(size, *features.shape[1:]), logits.new_empty(size, *logits.shape[1:])
+        return set(), features.new_empty(size, *features.shape[1:]), logits.new_empty(size, *logits.shape[1:])

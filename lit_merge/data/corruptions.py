@@ -123,9 +123,20 @@ class CorruptedImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         picture, label = self.images.picture(index)
-        corrupted = self.corruption(self._geometric(picture).convert("RGB"), index % len(self))
-        image: Tensor = self._rest(corrupted)
-        return image, label
+        return self.finish(self._corrupt(picture, index)), label
+
+    def corrupted(self, index: int) -> Image.Image:
+        """Return the corrupted RGB picture, before it becomes a tensor."""
+        return self._corrupt(self.images.picture(index)[0], index)
+
+    def finish(self, picture: Image.Image) -> Tensor:
+        """Return what the transform makes of a corrupted picture, a float tensor ``(3, H, W)``."""
+        image: Tensor = self._rest(picture)
+        return image
+
+    def _corrupt(self, picture: Image.Image, index: int) -> Image.Image:
+        changed: Image.Image = self.corruption(self._geometric(picture).convert("RGB"), index % len(self))
+        return changed
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
 
 if TYPE_CHECKING:
+    from lit_merge.data.image_cache import CachedImages
     from lit_merge.suites.base import LabelledDataset
 
 __all__ = ("EvenlySpread", "Indexed", "TaskMixture")
@@ -81,10 +82,12 @@ class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
 
     Args:
         data: Labelled dataset per task.
+        caches: Where images of some tasks are taken from instead, by position.
     """
 
-    def __init__(self, data: Mapping[str, LabelledDataset]) -> None:
+    def __init__(self, data: Mapping[str, LabelledDataset], caches: Mapping[str, CachedImages] | None = None) -> None:
         self.data = dict(data)
+        self.caches = dict(caches or {})
 
     def __len__(self) -> int:
         return sum(len(data) for data in self.data.values())
@@ -93,8 +96,11 @@ class TaskMixture(Dataset[dict[str, UnlabelledBatch]]):
         return {task: self._batch(task, *draw) for task, draw in draws.items()}
 
     def _batch(self, task: str, positions: Sequence[int], share: float) -> UnlabelledBatch:
-        images = [_tensor(self.data[task][position][0], task, position) for position in positions]
-        return UnlabelledBatch(torch.stack(images), torch.tensor(positions, dtype=torch.long), share)
+        images = [_tensor(self._image(task, position), task, position) for position in positions]
+        return UnlabelledBatch(torch.stack(images), torch.tensor(positions, dtype=torch.long), share, tuple(positions))
+
+    def _image(self, task: str, position: int) -> object:
+        return self.caches[task][position] if task in self.caches else self.data[task][position][0]
 
 
 def _tensor(image: object, where: str, position: int) -> Tensor:

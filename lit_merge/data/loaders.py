@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lit_merge.data.prefetch import copied_ahead, made_ahead
+
 __all__ = ("EvaluationSampler", "ResumableLoader", "StreamSampler")
 
 # positions of the images, and the weight of this rank's mean (see UnlabelledBatch.share)
@@ -131,16 +133,30 @@ class EvaluationSampler(DistributedSampler[Any]):
 class ResumableLoader(DataLoader[Any]):
     """Counts the batches that were consumed; Lightning saves the count and gives it back on resume.
 
+    Batches that were made ahead, by workers or by a thread, do not count.
+
     Args:
         dataset: Understands the items of the sampler.
         sampler: Where to begin after a resume.
+        ahead: Batches that a thread makes ahead, if there are no workers, which do so anyway; 0 for none.
+        device: CUDA device that one of them is copied to ahead; by default none is.
         **kwargs: Further arguments of ``DataLoader``.
     """
 
     sampler: StreamSampler
 
-    def __init__(self, dataset: Any, sampler: StreamSampler, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        dataset: Any,  # noqa: ANN401
+        sampler: StreamSampler,
+        *,
+        ahead: int = 0,
+        device: torch.device | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         super().__init__(dataset, sampler=sampler, batch_size=None, **kwargs)
+        self.ahead = ahead
+        self.device = device
         self.seen = 0
         self._skip = 0
 
@@ -154,7 +170,12 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         skipped, self._skip = self._skip, 0
-        return self._count(super().__iter__(), skipped)
+        batches: Iterator[Any] = super().__iter__()
+        if self.ahead and not self.num_workers:
+            batches = made_ahead(batches, self.ahead, self.device)
+        if self.device is not None:
+            batches = copied_ahead(batches, self.device)
+        return self._count(batches, skipped)
 
     def _count(self, batches: Iterator[Any], seen: int) -> Iterator[Any]:
         for batch in batches:

@@ -43,5 +43,5 @@ def split_batches(
             else:
                 own = slice(before, upto) if upto > before else slice(0, 1)
                 share = (upto - before) * world / (high - low)
-                part[task] = UnlabelledBatch(whole.images[own], whole.index[own], share)
+                part[task] = UnlabelledBatch(whole.images[own], whole.index[own], share, whole.positions[own])
     return parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from lit_merge.data.corruptions import split_preprocess
 from lit_merge.errors import MergeError
 
-__all__ = ("PixelScale", "pixel_scale")
+__all__ = ("PixelScale", "per_channel", "pixel_scale")
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,23 @@ class PixelScale:
     def _columns(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if len(self.mean) not in (1, images.shape[-3]):
             raise MergeError(f"PixelScale: {len(self.mean)} channels do not fit images {tuple(images.shape)}")
-        mean, std = (images.new_tensor(numbers)[:, None, None] for numbers in (self.mean, self.std))
-        return mean, std
+        return per_channel(self.mean, images), per_channel(self.std, images)
+
+
+def per_channel(numbers: Sequence[float], images: Tensor) -> Tensor:
+    """Return numbers as ``(C, 1, 1)``, with dtype and device of images.
+
+    They are filled in there: a tensor that is made on the host would have to be copied, for which the host waits until
+    the device has done everything else.
+
+    Args:
+        numbers: One per channel, or one for all.
+        images: ``(..., C, H, W)``.
+
+    >>> per_channel((0.5, 0.25), torch.zeros(2, 4, 4)).flatten()
+    tensor([0.5000, 0.2500])
+    """
+    return torch.stack([images.new_full((1, 1), number) for number in numbers])
 
 
 def pixel_scale(data: object) -> PixelScale:

@@ -226,8 +226,8 @@ class AdversarialMasking(MaskedMergeModule):
         loss, (gradient,) = self.gradients(one, mask, [self.logits], self.losses_of(batch, seen))
         rates = torch.stack([self._fooled[task] for task in batch])
         rates = torch.as_tensor(self.trainer.strategy.reduce(rates, reduce_op="mean"))
-        places = [self.suite.tasks.index(task) for task in batch]  # a stream may have used up some tasks
-        self.fooling[places] = self.fooling[places].lerp(rates, max(1 / (done + 1), 1 / _MEMORY))
+        for task, rate in zip(batch, rates, strict=True):  # one by one: a list of places would be copied to the device
+            self.fooling[self.suite.tasks.index(task)].lerp_(rate, max(1 / (done + 1), 1 / _MEMORY))
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log("train/fooling_rate", rates.mean(), batch_size=1)
         self.log_dict({f"train/loss/{task}": value for task, value in seen.losses.items()}, batch_size=1)

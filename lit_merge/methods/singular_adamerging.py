@@ -170,5 +170,5 @@ class SingularAdaMerging(MergeModule):
 
     def _used(self) -> list[Tensor]:
         """Coefficients ``(T, b)`` of each matrix; one of few directions has fewer blocks than :attr:`blocks`."""
-        counts = [int(getattr(self, f"_block_{number}")[-1]) + 1 for number in range(len(self.matrices))]
+        counts = [min(self.blocks, len(getattr(self, f"_block_{number}"))) for number in range(len(self.matrices))]
         return [self.coefficients.detach()[:, number, :count] for number, count in enumerate(counts)]

@@ -117,7 +117,7 @@ def test_adaptation_batches_have_no_labels() -> None:
         assert tuple(batch) == suite.tasks
         for task, part in batch.items():
             assert type(part) is UnlabelledBatch
-            assert part._fields == ("images", "index", "share")
+            assert part._fields == ("images", "index", "share", "positions")
             assert part.share == 1.0
             assert torch.equal(part.images, images[task][part.index])
 

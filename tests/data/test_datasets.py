@@ -60,9 +60,10 @@ def test_a_mixture_has_images_positions_and_share_and_nothing_else() -> None:
     assert len(mixture) == 13
     batch = mixture[{"x": ([5, 0], 1.0), "y": ([3], 0.5)}]
     assert list(batch) == ["x", "y"]
-    assert UnlabelledBatch._fields == ("images", "index", "share")
+    assert UnlabelledBatch._fields == ("images", "index", "share", "positions")
     for task, positions in (("x", [5, 0]), ("y", [3])):
-        images, index, share = batch[task]
+        images, index, share, numbers = batch[task]
+        assert list(numbers) == positions
         assert torch.equal(images, data[task].images[positions])
         assert index.tolist() == positions
         assert share == (1.0 if task == "x" else 0.5)

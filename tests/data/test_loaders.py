@@ -111,19 +111,19 @@ def test_epochs_follow_one_another_without_a_gap() -> None:
     assert parts == stream(steps=12)
 
 
-def loader(workers: int = 0) -> ResumableLoader:
-    return ResumableLoader(Positions(), StreamSampler(POSITIONS, 2, 6, seed=4), num_workers=workers)
+def loader(workers: int = 0, ahead: int = 0) -> ResumableLoader:
+    return ResumableLoader(Positions(), StreamSampler(POSITIONS, 2, 6, seed=4), num_workers=workers, ahead=ahead)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_in_the_middle(workers: int) -> None:
+@pytest.mark.parametrize(("workers", "ahead"), [(0, 0), (2, 0), (0, 1), (0, 9)])
+def test_a_loader_goes_on_in_the_middle(workers: int, ahead: int) -> None:
     everything = list(loader())
     assert len(everything) == len(loader()) == 6
     for seen in (0, 1, 4, 5):
-        first = loader(workers)
+        first = loader(workers, ahead)
         assert list(islice(iter(first), seen)) == everything[:seen]
         assert first.state_dict() == {"seen": seen}  # what was consumed, not what workers have fetched
-        second = loader(workers)
+        second = loader(workers, ahead)
         second.load_state_dict(first.state_dict())
         rest = iter(second)
         assert [next(rest) for _ in range(6 - seen)] == everything[seen:]
