@@ -52,6 +52,8 @@ def why_not_streamed(model: MergeModule) -> str | None:
         return f"{name} learns its merge" if model.learnable else f"{name} is calibrated with images"
     if model.buffer_policy == "recalibrate":
         return "buffers: recalibrate runs the merged network"
+    if model.storage == "low_rank":
+        return "storage: low_rank merges what is left of the task vectors"
     parts: tuple[MergeModule | Transform, ...] = (model, *model.transforms)
     for part in parts:
         if part.needs not in ("tensor", "statistics"):
@@ -133,11 +135,13 @@ def stream_merge(
         Path of the weights: the file, or the index of several.
 
     Raises:
-        MergeError: The merge learns, base and experts do not fit together, there are weights already, or a merged
+        MergeError: The merge learns or cuts task vectors to a low rank, base and experts do not fit together, there are weights already, or a merged
             value is too large for the type of the base.
     """
     if model.needs == "data" or model.buffer_policy == "recalibrate":
         raise MergeError(f"{why_not_streamed(model)}; it needs a suite with images: lit-merge fit or merge --config …")
+    if model.storage == "low_rank":
+        raise MergeError(f"{why_not_streamed(model)}, which a merge of files has no need of; leave it out")
     whole = why_not_streamed(model) is not None
     scale = getattr(model, "scale", None)
     if isinstance(scale, list | tuple) and any(isinstance(entry, Mapping) for entry in scale):
@@ -205,7 +209,7 @@ def stream_suite(
         {task: suite.expert(task) for task in suite.tasks},
         buffers=skeleton.buffers_of,
         tied=skeleton.tied,
-        dtype=None if model.storage_dtype is None else getattr(torch, model.storage_dtype),
+        dtype=model.bank_dtype,
         progress=progress,
     )
     return stream_merge(model, reader, folder, facts, stem="merged", overwrite=True)
