@@ -135,8 +135,8 @@ def stream_merge(
         Path of the weights: the file, or the index of several.
 
     Raises:
-        MergeError: The merge learns or cuts task vectors to a low rank, base and experts do not fit together, there are weights already, or a merged
-            value is too large for the type of the base.
+        MergeError: The merge learns or cuts task vectors to a low rank, base and experts do not fit together, there
+            are weights already, or a merged value is too large for the type of the base.
     """
     if model.needs == "data" or model.buffer_policy == "recalibrate":
         raise MergeError(f"{why_not_streamed(model)}; it needs a suite with images: lit-merge fit or merge --config …")
