@@ -85,6 +85,8 @@ class Report(L.Callback):
         results = self._stream.applied(trainer, model.results)
         folder = run_dir(trainer)
         extra = {key: results[key] for key in ("unseen",) if key in results} | model.report_extra() | self.extra
+        if lost := model.bank.storage_report():
+            extra["storage"] = lost
         self.content = {
             "schema": 1,
             "method": type(model).__name__,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_merge.agreement import check_agreement
+from lit_merge.bank_reading import BankReading, StorageDtype
 from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.lazy import Selected
@@ -25,6 +26,7 @@ from lit_merge.objectives import Entropy, Objective
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton, freeze_to_buffers
 from lit_merge.stage_bank import StageBank
+from lit_merge.storage import StorageKind
 from lit_merge.stream_steps import StreamSteps
 from lit_merge.suites.base import Suite
 from lit_merge.task_vectors import TaskVectors
@@ -34,9 +36,10 @@ from lit_merge.transforms import Needs, Pieces, Transform
 __all__ = ("MergeModule",)
 
 Batches = dict[str, UnlabelledBatch]
+_OBJECTS = ("suite", "transforms", "objective", "optimizer", "scheduler")
 
 
-class MergeModule(StreamSteps, ABC):
+class MergeModule(BankReading, StreamSteps, ABC):
     """One network out of many: frozen task vectors, a rule that combines them, an objective that adapts the rule.
 
     A method says how it merges (:meth:`merge`) and, if it learns, how its parameters are made
@@ -56,6 +59,12 @@ class MergeModule(StreamSteps, ABC):
         teacher_cache: Bytes for the experts' outputs, if the objective needs them.
         storage_dtype: How task vectors are kept; by default as the base, at least float32. ``bfloat16`` halves the
             memory at a relative error of 2⁻⁹ per task vector; coefficients and sums stay in float32.
+        storage: Where they are kept: on the ``device``, the ``host``, in a file (``mmap``), on the device with matrices
+            cut to ``low_rank``, or ``sharded`` over the ranks; ``auto``: the first of ``device``, ``host`` and ``mmap``
+            that has room. Only ``low_rank`` changes results, see :class:`~lit_merge.storage.StorageChoice`.
+        storage_rank: Directions that ``low_rank`` keeps of each matrix and task: a number, or a share in (0, 1].
+        storage_budget: Bytes that base and task vectors may take on the device; by default what is free is measured.
+        storage_folder: Where the file of ``mmap`` is, without a name; by default the folder for temporary files.
 
     Raises:
         MergeError: A value is out of range.
@@ -76,16 +85,19 @@ class MergeModule(StreamSteps, ABC):
         buffers: Literal["average", "base", "recalibrate"] = "average",
         max_images: int | None = None,
         teacher_cache: int = 2**30,
-        storage_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        storage_dtype: StorageDtype | None = None,
+        storage: StorageKind = "auto",
+        storage_rank: int | float = 0.25,
+        storage_budget: int | None = None,
+        storage_folder: str | None = None,
     ) -> None:
         super().__init__()
         if buffers not in ("average", "base", "recalibrate"):
             raise MergeError(f"model.buffers: expected average, base or recalibrate, found {buffers!r}")
-        if storage_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise MergeError(f"model.storage_dtype: expected float32, bfloat16 or float16, found {storage_dtype!r}")
+        self.keep_in(storage_dtype, storage, storage_rank, storage_budget, storage_folder)
         if max_images is not None and max_images < 1:
             raise MergeError(f"model.max_images: expected at least 1, found {max_images}")
-        self.save_hyperparameters(ignore=("suite", "transforms", "objective", "optimizer", "scheduler"))
+        self.save_hyperparameters(ignore=(*_OBJECTS, "storage_budget", "storage_folder"))  # these say where it ran
         self.suite = suite
         self.transforms = tuple(transforms or ())
         self.objective = objective or Entropy()
@@ -93,7 +105,6 @@ class MergeModule(StreamSteps, ABC):
         self.scheduler_factory = scheduler
         self.buffer_policy = buffers
         self.max_images = max_images
-        self.storage_dtype = storage_dtype
         self.perturbations = None
         self.teachers = TeacherCache(teacher_cache)
         self._measured: dict[str, Tensor] = {}
@@ -167,9 +178,7 @@ class MergeModule(StreamSteps, ABC):
         check_keys("base", base, self.skeleton.keys, of="network", advice="give the state dict of this very network")
         base = Selected(base, self.skeleton.keys)  # columns go with depth, whatever a file's order is
         if self.progress is None:
-            bank = self.read_bank(base)
-            for transform in self.transforms:
-                bank = bank.map(transform)
+            bank = self.transformed_bank(base)
         else:  # in a stream the experts are read one by one
             bank = self.accumulated = StageBank.of_base(base, buffers=self.skeleton.buffers_of, tied=self.skeleton.tied)
         self.head_digests = {task: state_digest(self.suite.head(task).state_dict()) for task in self.suite.tasks}
@@ -183,20 +192,6 @@ class MergeModule(StreamSteps, ABC):
         # the bank is the same on all ranks; broadcasting it at every step would cost gigabytes
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [n for n, _ in self.named_buffers(remove_duplicate=False)]
-        )
-
-    def read_bank(self, base: Mapping[str, Tensor]) -> TaskVectors:
-        """Read what is merged, the experts of the suite, as task vectors.
-
-        Args:
-            base: State dict of the base, in the order of the network.
-        """
-        return TaskVectors.from_state_dicts(
-            base,
-            {task: self.suite.expert(task) for task in self.suite.tasks},
-            buffers=self.skeleton.buffers_of,
-            tied=self.skeleton.tied,
-            dtype=None if self.storage_dtype is None else getattr(torch, self.storage_dtype),
         )
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union

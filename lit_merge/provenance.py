@@ -43,6 +43,7 @@ def provenance(trainer: L.Trainer, model: MergeModule, *, merged: bool = True) -
     """
     from lit_merge.callbacks.log_config import LogConfig
 
+    lost = model.bank.storage_report() if merged else {}
     configs = [c.text() for c in trainer.callbacks if isinstance(c, LogConfig)]  # type: ignore[attr-defined]
     return {
         "schema": 1,
@@ -51,6 +52,7 @@ def provenance(trainer: L.Trainer, model: MergeModule, *, merged: bool = True) -
         **(model.fingerprint() if merged else described(model)),
         "sources": model.suite.sources(),
         "hyperparameters": {key: value for key, value in model.hparams.items() if not key.startswith("_")},
+        **({"storage": lost} if lost else {}),
         "steps": trainer.global_step,
         "versions": versions(),
         "config": configs[0] if configs else None,

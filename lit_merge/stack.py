@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,7 +14,7 @@ from lit_merge.functional.masked import Mask
 from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
 from lit_merge.storage.dense import DenseStorage
 
-__all__ = ("Stack",)
+__all__ = ("Stack", "StackPieces")
 
 
 class Stack(nn.Module):
@@ -67,7 +67,12 @@ class Stack(nn.Module):
 
     def base(self) -> dict[str, Tensor]:
         """Tensors of the base, in their own dtypes."""
-        return {name: self._shaped(column, self.storage.base(column)) for column, name in enumerate(self.names)}
+        return {name: self.base_tensor(name) for name in self.names}
+
+    def base_tensor(self, name: str) -> Tensor:
+        """One of these."""
+        column = self._columns[name]
+        return self._shaped(column, self.storage.base(column))
 
     def row(self, row: int) -> dict[str, Tensor]:
         """Base + difference number ``row``."""
@@ -95,15 +100,34 @@ class Stack(nn.Module):
         Raises:
             MergeError: A name or a shape differs, or a value is not finite.
         """
-        if set(deltas) != set(self.names):
-            raise MergeError(f"transform: changed the names of the tensors: {sorted(set(deltas) ^ set(self.names))}")
+        _check_names(deltas, self.names)
+        return self._with((name, deltas[name]) for name in self.names)
 
+    def mapped(self, apply: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Self:
+        """Return a stack with the same base and differences that are made of these, one tensor at a time.
+
+        Args:
+            apply: Maps ``{name: (T, *shape)}`` to the same names and shapes; it gets the tensors in sorted order.
+
+        Raises:
+            MergeError: A name or a shape differs, or a value is not finite.
+        """
+
+        def made() -> Iterator[tuple[str, Tensor]]:
+            for piece in StackPieces(self):
+                found = apply(piece)
+                _check_names(found, piece)
+                yield from found.items()
+
+        return self._with(made())
+
+    def _with(self, deltas: Iterable[tuple[str, Tensor]]) -> Self:
         def checked() -> Iterator[tuple[int, Tensor]]:
             tasks = self.storage.tasks
-            for column, (name, shape) in enumerate(zip(self.names, self.layout.shapes, strict=True)):
-                value = deltas[name]
-                if value.shape != (tasks, *shape):
-                    raise MergeError(f"transform: {name}: expected shape {(tasks, *shape)}, found {tuple(value.shape)}")
+            for name, value in deltas:
+                column = self._columns[name]
+                if value.shape != (expected := (tasks, *self.layout.shapes[column])):
+                    raise MergeError(f"transform: {name}: expected shape {expected}, found {tuple(value.shape)}")
                 if not torch.isfinite(value).all():
                     raise MergeError(f"transform: {name}: made a value that is not finite")
                 yield column, value.reshape(tasks, -1)
@@ -214,6 +238,36 @@ class _Views(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._stack.names)
+
+
+class StackPieces:
+    """A stack tensor by tensor in sorted order of names: what :class:`~lit_merge.transforms.Pieces` says.
+
+    Args:
+        stack: The stack.
+
+    Attributes:
+        names: Names of its tensors.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.names = tuple(sorted(stack.names))
+        self._stack = stack
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        views = self._stack.views()
+        for name in self.names:
+            yield {name: views[name]}
+
+    def pairs(self, *, base: bool) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]]:
+        """Read the stack once, and beside the differences the base, ``(*shape)`` each, if asked."""
+        for piece in self:
+            yield piece, {name: self._stack.base_tensor(name) for name in piece} if base else None
+
+
+def _check_names(found: Iterable[str], expected: Iterable[str]) -> None:
+    if changed := sorted(set(found) ^ set(expected)):
+        raise MergeError(f"transform: changed the names of the tensors: {changed}")
 
 
 class _Contract(torch.autograd.Function):

@@ -81,6 +81,8 @@ class StreamSteps(AdaptationSteps, StageSteps):
             return "buffers: recalibrate needs images of all tasks at any time; use average or base"
         if self.storage_dtype is not None:
             return f"storage_dtype: {self.storage_dtype} would round the merge in every stage; leave it out"
+        if self.storage not in ("auto", "device"):
+            return f"storage: {self.storage} is for many experts, and a stream holds one at a time; leave it out"
         if self.transforms and type(self).absorb is not StageSteps.absorb:
             return "its absorb takes task vectors as they are, without the transforms; leave them out"
         return ""

@@ -66,6 +66,8 @@ def check_weights_suffice(model: MergeModule) -> None:
         MergeError: It learns, is calibrated with images, or merges something else than the experts.
     """
     if (reason := _why_not_from_weights(model)) is not None:
+        if model.storage == "low_rank" and model.needs != "data":
+            raise MergeError(f"{reason}, which a merge of files has no need of; leave it out")
         raise MergeError(f"{reason}; it needs a suite with images: lit-merge fit or merge --config …")
 
 
@@ -77,6 +79,8 @@ def _why_not_from_weights(model: MergeModule) -> str | None:
         return "buffers: recalibrate runs the merged network"
     if type(model).read_bank is not MergeModule.read_bank:
         return f"{name} reads its own task vectors"
+    if model.storage == "low_rank":
+        return "storage: low_rank merges what is left of the task vectors"
     return None
 
 
@@ -225,7 +229,7 @@ def stream_suite(
         {task: suite.expert(task) for task in suite.tasks},
         buffers=skeleton.buffers_of,
         tied=skeleton.tied,
-        dtype=None if model.storage_dtype is None else getattr(torch, model.storage_dtype),
+        dtype=model.bank_dtype,
         progress=progress,
     )
     return stream_merge(model, reader, folder, facts, stem="merged", overwrite=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ from lit_merge.checkpoints.threads import in_threads
 from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, tying
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
-from lit_merge.stack import Stack
-from lit_merge.storage import DenseStorage, StorageFactory
+from lit_merge.stack import Stack, StackPieces
+from lit_merge.storage import DenseStorage, Storage, StorageFactory
+from lit_merge.transforms.base import Transform
 
 __all__ = ("BufferPolicy", "Granularity", "TaskVectors")
 
@@ -128,6 +129,16 @@ class TaskVectors(nn.Module):
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each of these tensors."""
         return self._weights.sizes
+
+    @property
+    def storage(self) -> Storage:
+        """How the task vectors are kept."""
+        return self._weights.storage
+
+    def storage_report(self) -> dict[str, Any]:
+        """Return plain data on what the storage lost of the task vectors; nothing if nothing was."""
+        found: dict[str, Any] = self.storage.report()
+        return found | ({"tasks": dict(zip(self.tasks, found["tasks"], strict=True))} if "tasks" in found else {})
 
     @property
     def base(self) -> Mapping[str, Tensor]:
@@ -295,6 +306,9 @@ class TaskVectors(nn.Module):
     def map(self, transform: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> Self:
         """Return a bank with transformed task vectors; base, buffers and digests stay.
 
+        Where the bank may be larger than the memory, a :class:`~lit_merge.transforms.Transform` that does not need the
+        whole network at once takes it tensor by tensor, with the same result.
+
         Args:
             transform: Maps ``{name: (T, *shape)}`` to the same names and shapes.
 
@@ -305,7 +319,10 @@ class TaskVectors(nn.Module):
             MergeError: The transform changed a name or a shape, or made a value that is not finite.
         """
         constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
-        stack = self._weights.replaced(transform(self.deltas))
+        if self.storage.lazy and isinstance(transform, Transform) and transform.needs in ("tensor", "statistics"):
+            stack = self._weights.mapped(transform.streamed(StackPieces(self._weights)))
+        else:
+            stack = self._weights.replaced(transform(self.deltas))
         return type(self)(self.tasks, stack, self._statistics, constants, self._tied, self.digests, self.network)
 
     def _assemble(self, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
 from jsonargparse.typing import restricted_string_type
 
 from lit_merge.checkpoints.atomic import atomic_path
@@ -84,7 +83,7 @@ def main(args: list[str]) -> None:
         base,
         {task: suite.expert(task) for task in suite.tasks},
         buffers={*config.buffers, *(name for name in base if name.rpartition(".")[2] in _STATISTICS)},
-        dtype=None if model.storage_dtype is None else getattr(torch, model.storage_dtype),
+        dtype=model.bank_dtype,
         progress=config.progress,
     )
     facts = {

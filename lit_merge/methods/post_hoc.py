@@ -148,9 +148,13 @@ class AdversarialMasking(MaskedMergeModule):
             where = _MERGED if isinstance(self.merged, Mapping) else f"{_MERGED} {self.merged}"
             advice = "give a merge of this very base under the network's own names, such as merged.safetensors"
             check_keys(where, state, base, of="network", advice=advice)
-        dtype = None if self.storage_dtype is None else getattr(torch, self.storage_dtype)
         return TaskVectors.from_state_dicts(
-            base, {_MERGED: state}, buffers=self.skeleton.buffers_of, tied=self.skeleton.tied, dtype=dtype
+            base,
+            {_MERGED: state},
+            buffers=self.skeleton.buffers_of,
+            tied=self.skeleton.tied,
+            dtype=self.bank_dtype,
+            storage=self.storage_factory(),
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -131,6 +131,14 @@ class Storage(nn.Module, ABC):
         """Whether :meth:`rows` are views that cost nothing and can be written through."""
         return False
 
+    @property
+    def lazy(self) -> bool:
+        """Whether the bank may be larger than the memory of :attr:`device`, so that nothing should ask for all of it.
+
+        Transforms then take it tensor by tensor where they can, see :meth:`lit_merge.TaskVectors.map`.
+        """
+        return False
+
     @abstractmethod
     def put(self, row: int, column: int, value: Tensor) -> None:
         """Store the task vector of an expert's tensor: ``value`` − base, subtracted in the compute dtype.
