@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy, deepcopy
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
@@ -19,10 +19,12 @@ from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.functional.batch_norm import recalibrate_batch_norm
 from lit_merge.metrics import TaskScores
+from lit_merge.model_parallel import StorageKind, adopt_strategy, average_gradients, check_storage, storage_of
 from lit_merge.objectives import Entropy, Objective
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton, freeze_to_buffers
 from lit_merge.stage_bank import StageBank
+from lit_merge.storage import StorageFactory
 from lit_merge.stream_steps import StreamSteps
 from lit_merge.suites.base import Suite
 from lit_merge.task_vectors import TaskVectors
@@ -54,6 +56,7 @@ class MergeModule(StreamSteps, ABC):
         teacher_cache: Bytes for the experts' outputs, if the objective needs them.
         storage_dtype: How task vectors are kept; by default as the base, at least float32. ``bfloat16`` halves the
             memory at a relative error of 2⁻⁹ per task vector; coefficients and sums stay in float32.
+        storage: ``device``, or ``sharded`` over the ranks, see :func:`~lit_merge.model_parallel.shared_storage`.
 
     Raises:
         MergeError: A value is out of range.
@@ -63,6 +66,7 @@ class MergeModule(StreamSteps, ABC):
     skeleton: Skeleton
     heads: nn.ModuleList
     perturbations: UniversalPerturbations | None
+    no_sharding: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -75,12 +79,14 @@ class MergeModule(StreamSteps, ABC):
         max_images: int | None = None,
         teacher_cache: int = 2**30,
         storage_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        storage: StorageKind = "device",
     ) -> None:
         super().__init__()
         if buffers not in ("average", "base", "recalibrate"):
             raise MergeError(f"model.buffers: expected average, base or recalibrate, found {buffers!r}")
         if storage_dtype not in (None, "float32", "bfloat16", "float16"):
             raise MergeError(f"model.storage_dtype: expected float32, bfloat16 or float16, found {storage_dtype!r}")
+        check_storage(storage, type(self).__name__, self.no_sharding)
         if max_images is not None and max_images < 1:
             raise MergeError(f"model.max_images: expected at least 1, found {max_images}")
         self.save_hyperparameters(ignore=("suite", "transforms", "objective", "optimizer", "scheduler"))
@@ -92,6 +98,7 @@ class MergeModule(StreamSteps, ABC):
         self.buffer_policy = buffers
         self.max_images = max_images
         self.storage_dtype = storage_dtype
+        self.storage = storage
         self.perturbations = None
         self.teachers = TeacherCache(teacher_cache)
         self._measured: dict[str, Tensor] = {}
@@ -194,7 +201,12 @@ class MergeModule(StreamSteps, ABC):
             buffers=self.skeleton.buffers_of,
             tied=self.skeleton.tied,
             dtype=None if self.storage_dtype is None else getattr(torch, self.storage_dtype),
+            storage=self.storage_factory(),
         )
+
+    def storage_factory(self) -> StorageFactory:
+        """Return how the task vectors are to be kept."""
+        return storage_of(self.storage, None if self._trainer is None else self.trainer.strategy)
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's union
         """Make the optimizer and, if asked for, the scheduler."""
@@ -210,11 +222,12 @@ class MergeModule(StreamSteps, ABC):
         return {"optimizer": optimizer, "lr_scheduler": options}
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would round the coefficients.
+        """Get the strategy ready, and refuse precisions that would round the coefficients.
 
         Raises:
             MergeError: A learnable merge with a half ``*-true`` precision.
         """
+        adopt_strategy(self.trainer.strategy)
         precision = str(self.trainer.precision)
         if self.learnable and precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise MergeError(
@@ -235,6 +248,10 @@ class MergeModule(StreamSteps, ABC):
             raise MergeError("suite: base or experts differ between ranks; all ranks must read the same files")
 
     # Adapting: see AdaptationSteps -------------------------------------------------------------------------------
+
+    def on_after_backward(self) -> None:
+        """Let all ranks have the same gradients, where the strategy does not."""
+        average_gradients(self.trainer.strategy, self.parameters())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's hook
         """Step, then project."""

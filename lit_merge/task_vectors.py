@@ -16,7 +16,7 @@ from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, 
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
 from lit_merge.stack import Stack
-from lit_merge.storage import DenseStorage, StorageFactory
+from lit_merge.storage import DenseStorage, Storage, StorageFactory
 
 __all__ = ("BufferPolicy", "Granularity", "TaskVectors")
 
@@ -128,6 +128,16 @@ class TaskVectors(nn.Module):
     def sizes(self) -> tuple[int, ...]:
         """Number of entries of each of these tensors."""
         return self._weights.sizes
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each of these tensors."""
+        return dict(zip(self.names, self._weights.layout.shapes, strict=True))
+
+    @property
+    def storage(self) -> Storage:
+        """How the task vectors are kept."""
+        return self._weights.storage
 
     @property
     def base(self) -> Mapping[str, Tensor]:

@@ -150,7 +150,12 @@ class AdversarialMasking(MaskedMergeModule):
             check_keys(where, state, base, of="network", advice=advice)
         dtype = None if self.storage_dtype is None else getattr(torch, self.storage_dtype)
         return TaskVectors.from_state_dicts(
-            base, {_MERGED: state}, buffers=self.skeleton.buffers_of, tied=self.skeleton.tied, dtype=dtype
+            base,
+            {_MERGED: state},
+            buffers=self.skeleton.buffers_of,
+            tied=self.skeleton.tied,
+            dtype=dtype,
+            storage=self.storage_factory(),
         )
 
     def fingerprint(self) -> dict[str, Any]:
@@ -170,8 +175,7 @@ class AdversarialMasking(MaskedMergeModule):
 
     def make_parameters(self, bank: TaskVectors) -> None:
         """Make the logits, one per unit, and the perturbations."""
-        shapes = [value.shape[1:] for value in bank.deltas.values()]
-        self._widths = [1 if self.unit == "entry" else shape[1:].numel() for shape in shapes]
+        self._widths = [1 if self.unit == "entry" else shape[1:].numel() for shape in bank.shapes.values()]
         self._rows = [size // max(width, 1) for size, width in zip(bank.sizes, self._widths, strict=True)]
         self.logits = nn.Parameter(torch.full((sum(self._rows),), self.start, dtype=bank.compute_dtype))
         # never moved: the distributed wrapper, which leaves the logits out, wants a parameter

@@ -2,5 +2,19 @@
 
 from lit_merge.storage.base import Block, Layout, Storage, StorageFactory, layout_of
 from lit_merge.storage.dense import DenseBlock, DenseStorage
+from lit_merge.storage.ranks import RankGroup
+from lit_merge.storage.sharded import ShardedBlock, ShardedStorage, sharded_over
 
-__all__ = ("Block", "DenseBlock", "DenseStorage", "Layout", "Storage", "StorageFactory", "layout_of")
+__all__ = (
+    "Block",
+    "DenseBlock",
+    "DenseStorage",
+    "Layout",
+    "RankGroup",
+    "ShardedBlock",
+    "ShardedStorage",
+    "Storage",
+    "StorageFactory",
+    "layout_of",
+    "sharded_over",
+)

@@ -1,0 +1,137 @@
+"""Merges under strategies of several ranks: which of them share a bank, and what ModelParallelStrategy leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lit_merge.errors import MergeError
+from lit_merge.storage import DenseStorage, RankGroup, StorageFactory, sharded_over
+
+__all__ = (
+    "MergeParallelStrategy",
+    "StorageKind",
+    "adopt_strategy",
+    "average_gradients",
+    "check_storage",
+    "shared_storage",
+    "storage_of",
+)
+
+StorageKind = Literal["device", "sharded"]
+
+
+class MergeParallelStrategy(ModelParallelStrategy):
+    """ModelParallelStrategy for modules whose parameters are plain tensors, the same on all ranks.
+
+    What a merge learns is small and whole on every rank; only its bank is sharded, and that is no part of a checkpoint.
+    So checkpoints are the ordinary ones: one file, written by rank zero, whatever ``save_distributed_checkpoint`` says.
+    Lightning's own would look for DTensors when it loads one.
+    """
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    lightning_module_state_dict = Strategy.lightning_module_state_dict
+    load_model_state_dict = Strategy.load_model_state_dict
+    optimizer_state = Strategy.optimizer_state
+    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+    save_checkpoint = Strategy.save_checkpoint
+    load_checkpoint = Strategy.load_checkpoint
+
+
+def adopt_strategy(strategy: Strategy) -> None:
+    """Let a ModelParallelStrategy keep checkpoints as a :class:`MergeParallelStrategy`.
+
+    Configurations and any Trainer can then name Lightning's.
+
+    Args:
+        strategy: That of the Trainer, before it restores anything; one of another class stays as it is.
+    """
+    if type(strategy) is ModelParallelStrategy:
+        strategy.__class__ = MergeParallelStrategy
+
+
+def average_gradients(strategy: Strategy, parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their mean over ranks under a ModelParallelStrategy, which leaves that to the module.
+
+    It does not matter which of them are equal already, as those that come out of a shared bank are among its ranks.
+
+    Args:
+        strategy: That of the Trainer; others take care of it themselves.
+        parameters: In the same order on all ranks.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mean: Any = strategy.reduce(parameter.grad, reduce_op="mean")
+            assert isinstance(mean, Tensor)
+            parameter.grad = mean
+
+
+def check_storage(kind: str, method: str, no_sharding: str) -> None:
+    """Refuse an unknown storage, and a sharded one for a method that cannot go along with it.
+
+    Args:
+        kind: The option ``model.storage``.
+        method: Name of the method.
+        no_sharding: Why the method cannot be sharded; empty if it can.
+
+    Raises:
+        MergeError: It is unknown or cannot be used.
+    """
+    if kind not in get_args(StorageKind):
+        raise MergeError(f"model.storage: expected {' or '.join(get_args(StorageKind))}, found {kind!r}")
+    if kind == "sharded" and no_sharding:
+        raise MergeError(f"model.storage: the bank of {method} cannot be sharded: {no_sharding}")
+
+
+def storage_of(kind: StorageKind, strategy: Strategy | None) -> StorageFactory:
+    """Return how a bank is to be kept.
+
+    Args:
+        kind: The option ``model.storage``.
+        strategy: That of the Trainer, if there is one.
+    """
+    return shared_storage(strategy) if kind == "sharded" else DenseStorage
+
+
+def shared_storage(strategy: Strategy | None) -> StorageFactory:
+    """Return a storage that the ranks of a strategy hold together.
+
+    ===========================  ===================================================================================
+    ``ddp`` and its variants     the bank is sharded over all ranks
+    ``ModelParallelStrategy``    over the ``tensor_parallel_size`` ranks of a row of its mesh, and each of the
+                                 ``data_parallel_size`` rows has all of it
+    one process                  it is on the device, and that is said
+    ===========================  ===================================================================================
+
+    In both dimensions each rank adapts on images of its own.
+
+    Args:
+        strategy: That of the Trainer, whose processes have met; ``None`` if there is none.
+    """
+    group = None
+    if isinstance(strategy, ParallelStrategy) and dist.is_available() and dist.is_initialized():
+        mesh = isinstance(strategy, ModelParallelStrategy)
+        group = RankGroup(strategy.device_mesh["tensor_parallel"].get_group() if mesh else None)  # type: ignore[attr-defined]
+    if group is None or group.size == 1:
+        rank_zero_info("model.storage: sharded: there is one rank to hold the bank, so all of it is on its device")
+        return DenseStorage
+    assert isinstance(strategy, ParallelStrategy)
+    rank_zero_info(f"model.storage: sharded: each of {group.size} ranks holds 1/{group.size} of base and task vectors")
+    return sharded_over(group, strategy.root_device)
