@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from typing_extensions import override
@@ -33,6 +33,9 @@ class MergeParallelStrategy(ModelParallelStrategy):
     What a merge learns is small and whole on every rank; only its bank is sharded, and that is no part of a checkpoint.
     So checkpoints are the ordinary ones: one file, written by rank zero, whatever ``save_distributed_checkpoint`` says.
     Lightning's own would look for DTensors when it loads one.
+
+    ``Trainer(strategy="model_parallel")`` shards over the devices of a node, and has data parallel nodes; as
+    :func:`adopt_strategy` sees to it, an instance of Lightning's class will do as well.
     """
 
     @property
@@ -51,6 +54,12 @@ class MergeParallelStrategy(ModelParallelStrategy):
     load_optimizer_state_dict = Strategy.load_optimizer_state_dict
     save_checkpoint = Strategy.save_checkpoint
     load_checkpoint = Strategy.load_checkpoint
+
+
+for _name in ("model_parallel", "modelparallelstrategy"):  # the latter: what becomes of its bare name in a command
+    StrategyRegistry.register(
+        _name, MergeParallelStrategy, description=str(MergeParallelStrategy.__doc__), override=True
+    )
 
 
 def adopt_strategy(strategy: Strategy) -> None:

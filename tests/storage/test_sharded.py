@@ -21,7 +21,14 @@ from lit_merge.storage import DenseStorage, RankGroup, StorageFactory, sharded, 
 from lit_merge.task_vectors import TaskVectors
 
 TASKS = 3
-SHAPES: dict[str, tuple[int, ...]] = {"w": (5, 7), "scalar": (), "b": (3,), "k": (2, 3, 2, 2), "even": (8, 4), "e": (0,)}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "w": (5, 7),
+    "scalar": (),
+    "b": (3,),
+    "k": (2, 3, 2, 2),
+    "even": (8, 4),
+    "e": (0,),
+}
 
 
 def values(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -29,7 +36,9 @@ def values(seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {n: torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for n, s in SHAPES.items()}
 
 
-def bank_of(storage: StorageFactory, dtype: torch.dtype = torch.float64, kept: torch.dtype | None = None) -> TaskVectors:
+def bank_of(
+    storage: StorageFactory, dtype: torch.dtype = torch.float64, kept: torch.dtype | None = None
+) -> TaskVectors:
     experts = {f"t{t}": values(t + 1, dtype) for t in range(TASKS)}
     return TaskVectors.from_state_dicts(values(0, dtype), experts, dtype=kept, storage=storage)
 
@@ -108,7 +117,11 @@ def test_ranks_together_have_the_dense_bank(tmp_path: Path, world: int, whole: i
             if not key.endswith("coefficients"):
                 alike(found["single"][key], value, 1e-6)
         alike(found["single"]["plain coefficients"], each[0]["single"]["plain coefficients"], 0)
-    alike(each[0]["single"]["plain coefficients"].double(), averaged(wanted, "plain coefficients"), 2e-6 if kept is None else 0.1)
+    alike(
+        each[0]["single"]["plain coefficients"].double(),
+        averaged(wanted, "plain coefficients"),
+        2e-6 if kept is None else 0.1,
+    )
     small = sum(size for size in dense.sizes if size <= whole)
     entries = sum(size if size <= whole else -(-size // world) for size in dense.sizes)
     row = 2 if kept else 8
@@ -123,10 +136,9 @@ def test_a_rank_keeps_no_more_than_its_share_while_it_reads() -> None:
 
     sizes = {"a": 3 * 2**15, "b": 3 * 2**14 + 1}
     state: Mapping[str, Tensor] = {name: torch.arange(float(size)) for name, size in sizes.items()}
-    bank = TaskVectors.from_state_dicts(
-        state, {t: {n: 2 * v for n, v in state.items()} for t in "xy"}, storage=sharded_over(Alone())
-    )
+    experts = {t: {n: 2 * v for n, v in state.items()} for t in "xy"}
+    bank = TaskVectors.from_state_dicts(state, experts, storage=sharded_over(Alone()))
     assert held(bank) == 3 * 4 * (2**15 + 2**14 + 1)
     assert torch.equal(bank.storage.get_buffer("_deltas")[0, : 2**15], torch.arange(2.0**15, 2.0**16))
     assert bank.storage.get_buffer("_deltas")[1, -1] == 2 * 2**14 + 1  # entries 16385 to 32769 of 49153
-    assert bank.digests == TaskVectors.from_state_dicts(state, {t: {n: 2 * v for n, v in state.items()} for t in "xy"}).digests
+    assert bank.digests == TaskVectors.from_state_dicts(state, experts).digests
