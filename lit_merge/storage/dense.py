@@ -12,7 +12,7 @@ from typing_extensions import override
 from lit_merge.functional.contraction import inner_products, weighted_sum
 from lit_merge.storage.base import Block, Layout, Storage
 
-__all__ = ("DenseBlock", "DenseStorage", "difference", "zeros")
+__all__ = ("DenseBlock", "DenseStorage", "difference", "zero_rows")
 
 
 class DenseBlock(Block):
@@ -65,7 +65,7 @@ class DenseStorage(Storage):
         for name, part in zip(layout.names, layout.parts, strict=True):
             flat[part] = base[name].detach().flatten().to(layout.wide)
         self.register_buffer("_base", flat, persistent=False)
-        self.register_buffer("_deltas", zeros(tasks, len(layout), dtype, device), persistent=False)
+        self.register_buffer("_deltas", zero_rows(tasks, len(layout), dtype, device), persistent=False)
 
     @property
     @override
@@ -97,7 +97,7 @@ class DenseStorage(Storage):
     def replaced(self, deltas: Iterable[tuple[int, Tensor]]) -> Self:
         new = type(self).__new__(type(self))
         Storage.__init__(new, self.layout, {}, self.tasks, self.dtype)
-        rows = zeros(self.tasks, len(self.layout), self.dtype, self.device)
+        rows = zero_rows(self.tasks, len(self.layout), self.dtype, self.device)
         for column, value in deltas:
             rows[:, self.layout.parts[column]] = value.to(self.dtype)
         new.register_buffer("_base", self._base, persistent=False)
@@ -117,6 +117,9 @@ def difference(value: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.sub_(base) if wide.dtype != value.dtype else wide - base  # a copy is ours
 
 
-def zeros(tasks: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros ``(T, P)``; a single column has the stride of one of many, as that decides on the order of sums over T."""
+def zero_rows(tasks: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros ``(T, P)``.
+
+    A single column has the stride of one of many, as that decides on the order of sums over T.
+    """
     return torch.zeros(tasks, max(size, 2), dtype=dtype, device=device)[:, :size]

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from typing_extensions import override
 
 from lit_merge.storage.base import Block, Layout, Storage, StorageFactory
-from lit_merge.storage.dense import DenseBlock, difference, zeros
+from lit_merge.storage.dense import DenseBlock, difference, zero_rows
 from lit_merge.storage.ranks import RankGroup
 
 __all__ = ("ShardedBlock", "ShardedStorage", "WholeBlock", "sharded_over")
@@ -112,7 +112,7 @@ class ShardedStorage(Storage):
         size = self._parts[-1].stop if self._parts else 0
         device = device or (base[layout.names[0]].device if layout.names else torch.device("cpu"))
         self.register_buffer("_base", torch.zeros(size, dtype=layout.wide, device=device), persistent=False)
-        self.register_buffer("_deltas", zeros(tasks, size, dtype, device), persistent=False)
+        self.register_buffer("_deltas", zero_rows(tasks, size, dtype, device), persistent=False)
         for column, name in enumerate(layout.names):
             own = self._own(column, base[name].detach())
             self._base[self._filled(column, own)] = own.to(device, layout.wide)
@@ -192,7 +192,7 @@ class ShardedStorage(Storage):
         new = type(self).__new__(type(self))
         Storage.__init__(new, self.layout, {}, self.tasks, self.dtype)
         new._arrange(self.group)
-        rows = zeros(self.tasks, len(self._base), self.dtype, self.device)
+        rows = zero_rows(self.tasks, len(self._base), self.dtype, self.device)
         for column, value in deltas:
             for row, vector in enumerate(value):
                 own = self._own(column, vector)
