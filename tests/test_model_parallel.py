@@ -19,8 +19,9 @@ from toys import ToySuite
 
 from lit_merge import AdaMerging, MergeError, MergeModule, TaskDataModule, main
 from lit_merge.callbacks import ExportMerge, Report, ResumePoint
-from lit_merge.methods import ConcreteMerging, TallMasks
+from lit_merge.methods import ConcreteMerging, TallMasks, TaskArithmetic
 from lit_merge.storage import DenseStorage, sharded
+from lit_merge.transforms import Ties
 
 IMAGES = 4
 
@@ -111,6 +112,21 @@ def test_a_mesh_of_ranks_is_one_rank(tmp_path: Path, mesh: tuple[int, int], meth
     torch.testing.assert_close(saved, wanted["learned"], rtol=1e-9, atol=1e-9)
 
 
+def test_a_merge_without_a_fit_is_scored_and_written_by_all_ranks(tmp_path: Path) -> None:
+    def merge(folder: Path, ranks: int) -> dict[str, Any]:
+        folder.mkdir(exist_ok=True)
+        model = TaskArithmetic(suite=odd(), storage="sharded", transforms=[Ties()])
+        report, more = Report(), {"strategy": "ddp"} if ranks > 1 else {}
+        engine = trainer(folder, ranks, callbacks=[report], **more)
+        path = engine.merge(model, datamodule=TaskDataModule(model.suite, eval_batch_size=5))
+        return {"tasks": report.content["tasks"], "state": load_file(path)}
+
+    wanted = merge(tmp_path / "alone", 1)
+    for found in gathered(2, tmp_path / "ranks", lambda: merge(tmp_path / "two", 2)):
+        assert found["tasks"] == wanted["tasks"]
+        torch.testing.assert_close(found["state"], wanted["state"], rtol=1e-12, atol=1e-12)
+
+
 def test_the_command_takes_lightnings_strategy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options = [
@@ -135,7 +151,7 @@ def test_what_cannot_be_sharded_is_refused_or_said(caplog: pytest.LogCaptureFixt
     with pytest.raises(MergeError, match="bank of TallMasks cannot be sharded: it makes a network per task"):
         TallMasks(suite=suite, storage="sharded")
     with pytest.raises(MergeError, match=r"model.storage: expected .*sharded.*, found 'disk'"):
-        AdaMerging(suite=suite, storage="disk")  # type: ignore[arg-type]
+        AdaMerging(suite=suite, storage="disk")
     model = AdaMerging(suite=suite, storage="sharded")
     with caplog.at_level("INFO"):
         model.configure_model()

@@ -62,8 +62,8 @@ class RankGroup:
             size: n.
         """
         tasks, length = shards.shape
-        found = self.gather(shards.flatten(), self.size * shards.numel()).unflatten(0, (self.size, tasks, length))
-        return found.transpose(0, 1).reshape(tasks, -1)[:, :size]
+        found = self.gather(shards.flatten(), self.size * shards.numel()).view(self.size, tasks, length)
+        return found.transpose(0, 1).reshape(tasks, self.size * length)[:, :size]
 
     def scatter_mean(self, flat: Tensor) -> Tensor:
         """Return this rank's shard ``(s,)`` of the mean over ranks; zeros behind the end.

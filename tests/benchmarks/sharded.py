@@ -104,7 +104,8 @@ class RandomSuite(Suite):
     def network(self) -> nn.Module:
         size, patch, width, layers, heads, ratio, features = MODELS[self.plan.model]
         with torch.device("meta"):
-            return small_vit(size, patch, width, self.plan.layers or layers, heads, ratio, features)
+            network: nn.Module = small_vit(size, patch, width, self.plan.layers or layers, heads, ratio, features)
+        return network
 
     def base(self) -> Mapping[str, Tensor]:
         return Values(self.shapes, 0)
