@@ -48,8 +48,9 @@ class ExportMerge(L.Callback):
             return
         self._exported = True
         pl_module.prepare_evaluation()
+        state = pl_module.merged_state() if trainer.is_global_zero or pl_module.bank.storage.shared else None
         if trainer.is_global_zero:
-            export_merge(folder, trainer, pl_module, self.format)
+            export_merge(folder, trainer, pl_module, self.format, state=state)
             self._written = folder
             log_file(trainer, f"{pl_module.suite.name}-{type(pl_module).__name__}".lower(), "merge", folder)
 

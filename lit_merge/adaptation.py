@@ -141,11 +141,14 @@ class AdaptationSteps(EvaluationSteps):
         if not self.objective.uses_expert:
             return TaskOutput(logits, features, share=batch.share)
         with torch.no_grad():
+            storage, expert = self.bank.storage, None
+            if storage.shared and storage.anyone(not self.teachers.knows(task, batch)):
+                expert = self.expert_state(task)  # fetched together, for images that are new to any of the ranks
             expert_features, expert_logits = self.teachers.outputs(
                 task,
                 batch,
                 lambda: len(self.suite.dataset(task, "test")),
-                lambda images: self.outputs(self.expert_state(task), task, images),
+                lambda images: self.outputs(expert or self.expert_state(task), task, images),
             )
         return TaskOutput(logits, features, expert_logits, expert_features, batch.share)
 

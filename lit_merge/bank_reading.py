@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lit_merge.errors import MergeError
+from lit_merge.model_parallel import shared_storage, shares_banks
 from lit_merge.skeleton import Skeleton
 from lit_merge.storage import StorageChoice, StorageFactory, StorageKind
 from lit_merge.suites.base import Suite
@@ -27,7 +28,10 @@ class BankReading:
     Attributes:
         storage: Where task vectors are kept.
         storage_dtype: Type in which they are kept.
+        no_sharding: Why ranks cannot share the bank of this method; empty if they can.
     """
+
+    no_sharding: ClassVar[str] = ""
 
     suite: Suite
     skeleton: Skeleton
@@ -45,6 +49,8 @@ class BankReading:
         """
         if dtype not in (None, *get_args(StorageDtype)):
             raise MergeError(f"model.storage_dtype: expected float32, bfloat16 or float16, found {dtype!r}")
+        if kind == "sharded" and self.no_sharding:
+            raise MergeError(f"model.storage: the bank of {type(self).__name__} cannot be sharded: {self.no_sharding}")
         self.storage: StorageKind = kind
         self.storage_dtype = dtype
         self._storage_options: dict[str, Any] = {"kind": kind, "rank": rank, "budget": budget, "folder": folder}
@@ -59,6 +65,9 @@ class BankReading:
     def storage_factory(self) -> StorageFactory:
         """Return what makes the storage, on the device of the trainer if there is one."""
         trainer = self._trainer
+        strategy = None if trainer is None else trainer.strategy
+        if self.storage == "sharded" or (self.storage == "auto" and not self.no_sharding and shares_banks(strategy)):
+            return shared_storage(strategy)
         device = self.device if trainer is None else trainer.strategy.root_device
         # Lightning makes a model in the context of its device; anywhere else everything is made on the CPU, and moved
         there = device if torch.get_default_device() == device else torch.device("cpu")

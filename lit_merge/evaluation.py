@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -34,7 +34,9 @@ class EvaluationSteps(L.LightningModule):
         super().__init__()
         self.results: Results = {}
         self._merged: dict[str, Tensor] | None = None
+        self._base: Mapping[str, Tensor] = {}
         self._expert: tuple[str, dict[str, Tensor]] = ("", {})
+        self._waiting: list[str] = []
 
     @abstractmethod
     def merged_state(self) -> dict[str, Tensor]:
@@ -69,10 +71,15 @@ class EvaluationSteps(L.LightningModule):
         if not self.adapting:
             self.prepare_evaluation()
         self._merged = self.merged_state()
+        if not self.adapting and not self.trainer.predicting:
+            self._base = self.bank.base  # once, and at a moment that all ranks have in common
+            self._waiting = list(self._tasks()) if self.bank.storage.shared else []
 
     def _end_evaluation(self, prefix: str) -> None:
+        while self._waiting:  # of tasks that have no image on this rank
+            self._next_expert()
         # dropped, not reused: tensors made in inference mode cannot take part in training
-        self._merged, self._expert = None, ("", {})
+        self._merged, self._base, self._expert = None, {}, ("", {})
         self.results = self.scores.compute(references=not self.adapting)
         if not self.adapting:
             self.results = self.with_references(self.results)
@@ -90,10 +97,22 @@ class EvaluationSteps(L.LightningModule):
         if self.adapting:
             return
         if self.has_expert(task):
+            while task in self._waiting:  # ranks that share a bank ask for all experts in one order
+                self._next_expert()
             if self._expert[0] != task:
                 self._expert = (task, self.expert_state(task))
             self.scores.update("expert", task, self.outputs(self._expert[1], task, batch.images)[1], batch.labels)
-        self.scores.update("base", task, self.outputs(self.bank.base, task, batch.images)[1], batch.labels)
+        self.scores.update("base", task, self.outputs(self._base, task, batch.images)[1], batch.labels)
+
+    def _next_expert(self) -> None:
+        if self.has_expert(task := self._waiting.pop(0)):
+            self._expert = ("", {})  # one at a time in memory
+            self._expert = (task, self.expert_state(task))
+
+    def _tasks(self) -> Sequence[str]:
+        """Tasks of this evaluation, in its order."""
+        loaders = self.trainer.val_dataloaders if self.trainer.validating else self.trainer.test_dataloaders
+        return list(loaders) if isinstance(loaders, Mapping) else self.suite.scored
 
     def on_validation_epoch_start(self) -> None:
         """Merge once for all batches."""

@@ -34,6 +34,7 @@ def export_merge(
     model: MergeModule,
     form: ExportFormat = "safetensors",
     origin: Path | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write weights, ``merge.json`` and a model card.
 
@@ -50,6 +51,7 @@ def export_merge(
         model: The merge.
         form: Which of these.
         origin: Checkpoint that the merge was loaded from: steps, configuration and scores are then those of its run.
+        state: The merged network, if it is at hand: one rank of several that share a bank cannot merge alone.
 
     Returns:
         Path of the weights.
@@ -59,7 +61,8 @@ def export_merge(
     """
     if form not in get_args(ExportFormat):
         raise MergeError(f"format: expected safetensors, hugging_face or open_clip, found {form!r}")
-    state, facts = model.merged_state(), provenance(trainer, model) | _facts_of(origin)
+    state = model.merged_state() if state is None else state
+    facts = provenance(trainer, model) | _facts_of(origin)
     card = card_of(trainer, model, form, origin)
     if form == "safetensors":
         path = write_merged(folder, state, facts)

@@ -22,6 +22,7 @@ from lit_merge.errors import MergeError
 from lit_merge.functional.batch_norm import recalibrate_batch_norm
 from lit_merge.lost_ranks import stop_watching, watch_parent
 from lit_merge.metrics import TaskScores
+from lit_merge.model_parallel import adopt_strategy, average_gradients
 from lit_merge.objectives import Entropy, Objective
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton, freeze_to_buffers
@@ -208,12 +209,13 @@ class MergeModule(BankReading, StreamSteps, ABC):
         return {"optimizer": optimizer, "lr_scheduler": options}
 
     def setup(self, stage: str) -> None:
-        """Refuse precisions that would round the coefficients; watch for the end of rank zero.
+        """Get the strategy ready, refuse precisions that would round the coefficients; watch for the end of rank zero.
 
         Raises:
             MergeError: A learnable merge with a half ``*-true`` precision.
         """
         watch_parent(self.trainer)
+        adopt_strategy(self.trainer.strategy)
         precision = str(self.trainer.precision)
         if self.learnable and precision in ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16"):
             raise MergeError(
@@ -235,6 +237,10 @@ class MergeModule(BankReading, StreamSteps, ABC):
         stop_watching()
 
     # Adapting: see AdaptationSteps -------------------------------------------------------------------------------
+
+    def on_after_backward(self) -> None:
+        """Let all ranks have the same gradients, where the strategy does not."""
+        average_gradients(self.trainer.strategy, self.parameters())
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's hook
         """Step, then project."""

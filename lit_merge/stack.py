@@ -76,11 +76,7 @@ class Stack(nn.Module):
 
     def row(self, row: int) -> dict[str, Tensor]:
         """Base + difference number ``row``."""
-        compute = self.compute_dtype
-        return {
-            name: self._shaped(column, self.storage.base(column) + self.storage.row(row, column).to(compute))
-            for column, name in enumerate(self.names)
-        }
+        return {name: self._shaped(column, self.storage.expert(row, column)) for column, name in enumerate(self.names)}
 
     def mean(self) -> dict[str, Tensor]:
         """Base + mean difference."""
@@ -156,7 +152,7 @@ class Stack(nn.Module):
             gradient = gradients[column]
             assert gradient is not None
             result[:, column] = block.products(gradient.flatten().to(self.compute_dtype))
-        return result
+        return self.storage.total(result)
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
@@ -164,8 +160,7 @@ class Stack(nn.Module):
         for column, block in self._walk():
             part = self.layout.parts[column]
             factor = mask.recipe(column, *(x[part] for x in mask.logits))
-            offset = block.offset(coefficients[:, column])
-            merged.append(self._shaped(column, torch.addcmul(block.base(), factor, offset)))
+            merged.append(self._shaped(column, block.masked(coefficients[:, column], factor)))
         return tuple(merged)
 
     def masked_gradients(
@@ -203,7 +198,7 @@ class Stack(nn.Module):
                 for (_, slope), value in zip(asked, found, strict=True):
                     if value is not None:
                         slope[part] = value
-        return products, *slopes
+        return None if products is None else self.storage.total(products), *slopes
 
     def _walk(self, gradients: Sequence[Tensor | None] | None = None) -> Iterator[tuple[int, Block]]:
         """All tensors, or those that have a gradient."""

@@ -131,6 +131,11 @@ class TaskVectors(nn.Module):
         return self._weights.sizes
 
     @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of each of these tensors."""
+        return dict(zip(self.names, self._weights.layout.shapes, strict=True))
+
+    @property
     def storage(self) -> Storage:
         """How the task vectors are kept."""
         return self._weights.storage

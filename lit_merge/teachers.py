@@ -33,6 +33,11 @@ class TeacherCache:
             self.budget += 0 if kept is None else sum(x.numel() * x.element_size() for x in kept[1:])
         self._kept = {}
 
+    def knows(self, task: str, batch: UnlabelledBatch) -> bool:
+        """Whether the expert's outputs for all images of a batch are kept."""
+        kept = self._kept.get(task)
+        return kept is not None and kept[0].issuperset(batch.on_host())
+
     def outputs(
         self, task: str, batch: UnlabelledBatch, size: Callable[[], int], compute: Callable[[Tensor], Outputs]
     ) -> Outputs:

@@ -169,8 +169,9 @@ class MergeTrainer(L.Trainer):
             model.calibrate(datamodule)
         folder = run_dir(self) / "export" if output is None else Path(output)
         path = folder
+        state = model.merged_state() if self.is_global_zero or model.bank.storage.shared else None  # by all ranks
         if self.is_global_zero:
-            path = export_merge(folder, self, model, format, None if ckpt_path is None else Path(ckpt_path))
+            path = export_merge(folder, self, model, format, None if ckpt_path is None else Path(ckpt_path), state)
         path = Path(self.strategy.broadcast(str(path)))  # the others go on when the file is there
         rank_zero_info(f"merged network: {path}")
         return path

@@ -26,6 +26,7 @@ class PerTaskModule(MergeModule):
     """
 
     no_stream = "it is a network per task"
+    no_sharding = "it makes a network per task during an evaluation, in which every rank is elsewhere"
     _modulated: str | None = None
 
     @abstractmethod

@@ -174,8 +174,7 @@ class AdversarialMasking(MaskedMergeModule):
 
     def make_parameters(self, bank: TaskVectors) -> None:
         """Make the logits, one per unit, and the perturbations."""
-        shapes = [value.shape[1:] for value in bank.deltas.values()]
-        self._widths = [1 if self.unit == "entry" else shape[1:].numel() for shape in shapes]
+        self._widths = [1 if self.unit == "entry" else shape[1:].numel() for shape in bank.shapes.values()]
         self._rows = [size // max(width, 1) for size, width in zip(bank.sizes, self._widths, strict=True)]
         self.logits = nn.Parameter(torch.full((sum(self._rows),), self.start, dtype=bank.compute_dtype))
         # never moved: the distributed wrapper, which leaves the logits out, wants a parameter

@@ -138,12 +138,12 @@ class SingularAdaMerging(MergeModule):
 
     def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
         """Return θ0 plus the weighted blocks; every tensor has coefficients."""
-        deltas, merged = bank.deltas, {}
+        deltas, shapes, merged = bank.deltas, bank.shapes, {}
         with torch.autocast(self.coefficients.device.type, enabled=False):
             for number, name in enumerate(self.matrices):
                 u, s, vh = self.factors(name)
                 weights = self.coefficients[:, number][:, getattr(self, f"_block_{number}")].flatten()
-                merged[name] = ((u * (s * weights)) @ vh).reshape(deltas[name].shape[1:])
+                merged[name] = ((u * (s * weights)) @ vh).reshape(shapes[name])
             for number, name in enumerate(self.others):
                 merged[name] = torch.tensordot(self.other_coefficients[:, number], wide(deltas[name]), dims=1)
             return bank.offset(merged)

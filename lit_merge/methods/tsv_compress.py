@@ -46,6 +46,8 @@ class TsvCompress(OnMatrices):
     Source: Gargiulo et al., Task Singular Vectors, section 3.2, arXiv 2412.00081.
     """
 
+    no_sharding = "it makes a network per task during an evaluation, in which every rank is elsewhere"
+
     def __init__(
         self,
         fraction: float | None = None,

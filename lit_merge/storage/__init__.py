@@ -6,6 +6,8 @@ from lit_merge.storage.dense import DenseBlock, DenseStorage
 from lit_merge.storage.host import HostStorage
 from lit_merge.storage.low_rank import LowRankStorage
 from lit_merge.storage.mmap import MappedStorage
+from lit_merge.storage.ranks import RankGroup
+from lit_merge.storage.sharded import ShardedBlock, ShardedStorage, sharded_over
 
 __all__ = (
     "Block",
@@ -15,9 +17,13 @@ __all__ = (
     "Layout",
     "LowRankStorage",
     "MappedStorage",
+    "RankGroup",
+    "ShardedBlock",
+    "ShardedStorage",
     "Storage",
     "StorageChoice",
     "StorageFactory",
     "StorageKind",
     "layout_of",
+    "sharded_over",
 )

@@ -87,11 +87,16 @@ class Block(ABC):
     def offset(self, weights: Tensor) -> Tensor:
         """Return Σ_t w_t τ_t, ``(n,)``, for weights ``(T,)``."""
 
+    def masked(self, weights: Tensor, factor: Tensor) -> Tensor:
+        """Return θ0 + f ⊙ Σ_t w_t τ_t, ``(n,)``, for weights ``(T,)`` and factors ``(n,)``."""
+        return torch.addcmul(self.base(), factor, self.offset(weights))
+
     @abstractmethod
     def products(self, vector: Tensor) -> Tensor:
-        """Return ⟨τ_t, v⟩, ``(T,)``, for a vector ``(n,)``.
+        """Return ⟨τ_t, v⟩, ``(T,)``, for a vector ``(n,)``; of all tensors together, :meth:`Storage.total` makes sums.
 
-        Where ranks share one bank, the vectors of the ranks are averaged: all of them get the products with the mean.
+        Where ranks share one bank this is a part of a sum over ranks: that of the products with the mean of their
+        vectors, as each of them has images of its own.
         """
 
     @abstractmethod
@@ -102,8 +107,7 @@ class Block(ABC):
 class Storage(nn.Module, ABC):
     """Base ``(P,)`` and task vectors ``(T, P)``.
 
-    Ranks and devices call the methods in the same order: a storage may talk to other ranks in any of them but
-    :meth:`put`.
+    Where it is :attr:`shared`, a storage may talk to the other ranks in any of its methods but :meth:`put`.
 
     Args:
         layout: The tensors.
@@ -125,6 +129,11 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def device(self) -> torch.device:
         """Where blocks come out."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether ranks hold it together: all of them then ask for the same things, in the same order."""
+        return False
 
     @property
     def views(self) -> bool:
@@ -172,6 +181,18 @@ class Storage(nn.Module, ABC):
     def row(self, row: int, column: int) -> Tensor:
         """Return one of these, ``(n,)``."""
         return self.rows(column)[row]
+
+    def expert(self, row: int, column: int) -> Tensor:
+        """Return base + task vector, ``(n,)`` in the compute dtype."""
+        return self.base(column) + self.row(row, column).to(self.layout.compute_dtype)
+
+    def total(self, products: Tensor) -> Tensor:
+        """Complete what :meth:`Block.products` gave for all tensors of a pass, ``(T, L)``."""
+        return products
+
+    def anyone(self, flag: bool) -> bool:
+        """Whether the flag is set on any of the ranks that share it."""
+        return flag
 
     @abstractmethod
     def replaced(self, deltas: Iterable[tuple[int, Tensor]]) -> Self:
