@@ -160,13 +160,36 @@ class Stack(nn.Module):
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
-        merged = []
-        for column, block in self._walk():
-            part = self.layout.parts[column]
-            factor = mask.recipe(column, *(x[part] for x in mask.logits))
-            offset = block.offset(coefficients[:, column])
-            merged.append(self._shaped(column, torch.addcmul(block.base(), factor, offset)))
-        return tuple(merged)
+        parts = self.layout.parts
+        return tuple(
+            self.merged(column, block, coefficients[:, column], mask.recipe, [x[parts[column]] for x in mask.logits])
+            for column, block in self._walk()
+        )
+
+    def merged(
+        self,
+        column: int,
+        block: Block,
+        weights: Tensor,
+        recipe: Callable[..., Tensor] | None = None,
+        pieces: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Merge one tensor.
+
+        Args:
+            column: Its number.
+            block: Its base and task vectors.
+            weights: Its coefficients ``(T,)``.
+            recipe: That of the mask, if there is one.
+            pieces: The tensor's own piece of each of the mask's logits, ``(n,)``.
+
+        Returns:
+            ``(*shape)``, in the dtype of the base.
+        """
+        if recipe is None:
+            return self._shaped(column, block.merge(weights))
+        factor = recipe(column, *pieces)
+        return self._shaped(column, torch.addcmul(block.base(), factor, block.offset(weights)))
 
     def masked_gradients(
         self, coefficients: Tensor, mask: Mask, gradients: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -186,24 +209,54 @@ class Stack(nn.Module):
         products = torch.zeros_like(coefficients) if wanted[0] else None
         slopes = [torch.zeros_like(x) if want else None for x, want in zip(mask.logits, wanted[1:], strict=True)]
         for column, block in self._walk(gradients):
-            given, part = gradients[column], self.layout.parts[column]
-            assert given is not None
-            gradient = given.flatten().to(self.compute_dtype)
-            with torch.enable_grad():
-                pieces = [
-                    x.detach()[part].requires_grad_(s is not None) for x, s in zip(mask.logits, slopes, strict=True)
-                ]
-                factor = mask.recipe(column, *pieces)
+            gradient, part = gradients[column], self.layout.parts[column]
+            assert gradient is not None
+            pieces, own = [x[part] for x in mask.logits], coefficients[:, column]
+            product, *found = self.pulled(column, block, gradient, own, mask.recipe, pieces, wanted)
             if products is not None:
-                products[:, column] = block.products(gradient * factor.detach())
-            if factor.requires_grad:
-                outer = gradient * block.offset(coefficients[:, column])
-                asked = [(x, s) for x, s in zip(pieces, slopes, strict=True) if s is not None]
-                found = torch.autograd.grad(factor, [x for x, _ in asked], outer, allow_unused=True)
-                for (_, slope), value in zip(asked, found, strict=True):
-                    if value is not None:
-                        slope[part] = value
+                products[:, column] = product
+            for slope, value in zip(slopes, found, strict=True):
+                if slope is not None and value is not None:
+                    slope[part] = value
         return products, *slopes
+
+    def pulled(
+        self,
+        column: int,
+        block: Block,
+        given: Tensor,
+        weights: Tensor,
+        recipe: Callable[..., Tensor] | None,
+        pieces: Sequence[Tensor],
+        wanted: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Take the gradient of one merged tensor back to what it was made of.
+
+        Args:
+            column: Its number.
+            block: Its base and task vectors.
+            given: dL/dθ_l, ``(*shape)``.
+            weights: Its coefficients ``(T,)``.
+            recipe: That of the mask, if there is one.
+            pieces: The tensor's own piece of each of the mask's logits, ``(n,)``.
+            wanted: For the coefficients and for each of the pieces, whether its gradient is asked for.
+
+        Returns:
+            Gradients ``(T,)`` and, for each of the pieces, ``(n,)``; ``None`` where none is asked for or there is none.
+        """
+        gradient = given.flatten().to(self.compute_dtype)
+        if recipe is None:
+            return [block.products(gradient)] if wanted[0] else [None]
+        with torch.enable_grad():
+            ends = [x.detach().requires_grad_(want) for x, want in zip(pieces, wanted[1:], strict=True)]
+            factor = recipe(column, *ends)
+        found: list[Tensor | None] = [block.products(gradient * factor.detach()) if wanted[0] else None]
+        asked = [x for x in ends if x.requires_grad]
+        if not factor.requires_grad:
+            return found + [None] * len(ends)
+        outer = gradient * block.offset(weights)
+        slopes = iter(torch.autograd.grad(factor, asked, outer, allow_unused=True))
+        return found + [next(slopes) if x.requires_grad else None for x in ends]
 
     def _walk(self, gradients: Sequence[Tensor | None] | None = None) -> Iterator[tuple[int, Block]]:
         """All tensors, or those that have a gradient."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lit_merge.checkpoints.threads import in_threads
 from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, tying
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
+from lit_merge.lazy_weights import LazyWeights
 from lit_merge.stack import Stack, StackPieces
 from lit_merge.storage import DenseStorage, Storage, StorageFactory
 from lit_merge.transforms.base import Transform
@@ -63,6 +65,7 @@ class TaskVectors(nn.Module):
         self._weights = parameters
         self._statistics = buffers
         self._tied = dict(tied)
+        self._lazy = False
         self._constant_names = tuple(constants)
         for number, value in enumerate(constants.values()):
             self.register_buffer(f"_constant_{number}", value.clone(), persistent=False)
@@ -225,7 +228,18 @@ class TaskVectors(nn.Module):
         for logits in () if mask is None else mask.logits:
             if logits.shape != (len(self._weights),):
                 raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
+        if self._lazy:
+            return cast("dict[str, Tensor]", LazyWeights(self._weights, values, mask))
         return self._weights.contract(values, mask)
+
+    @contextmanager
+    def lazily(self) -> Iterator[None]:
+        """Within it, :meth:`contract` returns a recipe, :class:`~lit_merge.lazy_weights.LazyWeights`."""
+        self._lazy = True
+        try:
+            yield
+        finally:
+            self._lazy = False
 
     def pull_back(
         self,
@@ -327,5 +341,7 @@ class TaskVectors(nn.Module):
 
     def _assemble(self, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
+        if isinstance(parameters, LazyWeights):
+            return cast("dict[str, Tensor]", parameters.with_tensors({**statistics, **constants}, self._tied))
         state = {**parameters, **statistics, **constants}
         return state | {alias: state[name] for alias, name in self._tied.items()}
