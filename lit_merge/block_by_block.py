@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -22,12 +21,11 @@ __all__ = ("BlockByBlock", "numbered_blocks")
 def numbered_blocks(network: nn.Module) -> list[str]:
     """Return names of the outermost modules with a number in their name, as for the granularity ``block``.
 
-    What cannot be called, such as an ``nn.ModuleList``, is no block, but the modules in it are. Blocks without tensors
-    do not count.
+    What cannot be called, such as an ``nn.ModuleList``, is no block, but the modules in it are.
 
     >>> network = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)))
     >>> numbered_blocks(network)
-    ['0', '2']
+    ['0', '1', '2']
     >>> numbered_blocks(nn.ModuleDict({"stem": nn.Linear(1, 2), "h": nn.ModuleList([nn.Linear(2, 2)])}))
     ['h.0']
     """
@@ -41,8 +39,7 @@ def numbered_blocks(network: nn.Module) -> list[str]:
             seen.add(child)
             inside = numbered or name.isdecimal()
             if inside and type(child).forward is not nn.Module.forward:
-                if any(True for _ in chain(child.parameters(), child.buffers())):
-                    found.append(prefix + name)
+                found.append(prefix + name)
             else:
                 look(child, f"{prefix}{name}.", inside)
 
@@ -73,9 +70,10 @@ class BlockByBlock:
         self._use(network, tuple(numbered_blocks(network)))
 
     def _use(self, network: nn.Module, blocks: tuple[str, ...]) -> None:
-        self.blocks = blocks
-        self._names = {prefix: [key for key in self.keys if key.startswith(f"{prefix}.")] for prefix in blocks}
-        inside = {id(part) for prefix in blocks for part in network.get_submodule(prefix).modules()}
+        names = {prefix: [key for key in self.keys if key.startswith(f"{prefix}.")] for prefix in blocks}
+        self._names = {prefix: own for prefix, own in names.items() if own}
+        self.blocks = tuple(self._names)
+        inside = {id(part) for prefix in self.blocks for part in network.get_submodule(prefix).modules()}
         parts = dict(network.named_modules(remove_duplicate=False))  # a module that has two names under both
         self._outside = [key for key in self.keys if id(parts[key.rpartition(".")[0]]) not in inside]
 
@@ -103,24 +101,27 @@ class BlockByBlock:
             What the network returns.
         """
         called: set[str] = set()
-        failed: Exception | None = None
-        result = None
-        with self._diverted(network, state, called):
-            try:
+        try:
+            with self._diverted(network, state, called):
                 result = functional_call(network, state.tensors(self._outside), (images,), tie_weights=False)
-            except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            if len(called) == len(self.blocks):
                 raise
-            except Exception as error:
-                failed = error
         missed = [prefix for prefix in self.blocks if prefix not in called]
         if not missed:
-            if failed is not None:
-                raise failed
             return result
+        before, result = self.blocks, None
         self._use(network, tuple(prefix for prefix in self.blocks if prefix in called))
-        rank_zero_info(f"model.merge_by: {type(network).__name__} does not call {', '.join(missed)}, so it is merged "
-                       "for a whole pass, like all that is outside of blocks")  # fmt: skip
-        return self.run(network, state, images)
+        try:
+            result = self.run(network, state, images)
+        except Exception:  # it had nothing to do with blocks
+            self._use(network, before)
+            raise
+        rank_zero_info(f"merge_by: block: {type(network).__name__} does not call {', '.join(missed)} as a module; "
+                       "it is merged for a whole pass, like all that is outside of blocks")  # fmt: skip
+        return result
 
     @contextmanager
     def _diverted(self, network: nn.Module, state: LazyWeights, called: set[str]) -> Iterator[None]:

@@ -39,7 +39,8 @@ class SAU(AdversarialMasking):
     @torch.no_grad()
     def reference_state(self) -> dict[str, Tensor]:
         """Return the merged network without a mask."""
-        return self.complete(self.bank.contract(self.coefficients_of(self.bank)))
+        with self.recipes():
+            return self.complete(self.bank.contract(self.coefficients_of(self.bank)))
 
     @torch.no_grad()
     def classes(
