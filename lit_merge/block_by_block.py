@@ -127,7 +127,7 @@ class BlockByBlock:
     def _diverted(self, network: nn.Module, state: LazyWeights, called: set[str]) -> Iterator[None]:
         """Within it, blocks of the network run with weights of the state."""
         owners = {prefix: network.get_submodule(prefix) for prefix in self.blocks}
-        before = {prefix: owner.__dict__.get("forward") for prefix, owner in owners.items()}
+        before = {prefix: own["forward"] for prefix, o in owners.items() if "forward" in (own := vars(o))}  # a hook's
         try:
             for prefix, owner in owners.items():
                 run = _Run(owner, state, prefix, self._names[prefix])
@@ -142,7 +142,7 @@ class BlockByBlock:
         finally:
             for prefix, owner in owners.items():
                 del owner.forward
-                if before[prefix] is not None:
+                if prefix in before:
                     owner.forward = before[prefix]
 
 

@@ -213,7 +213,7 @@ class Stack(nn.Module):
             assert gradient is not None
             pieces, own = [x[part] for x in mask.logits], coefficients[:, column]
             product, *found = self.pulled(column, block, gradient, own, mask.recipe, pieces, wanted)
-            if products is not None:
+            if products is not None and product is not None:
                 products[:, column] = product
             for slope, value in zip(slopes, found, strict=True):
                 if slope is not None and value is not None:

@@ -52,14 +52,15 @@ class Odd(nn.Module):
         self.pairs = nn.ModuleList([nn.ModuleList([nn.Linear(width, width), nn.LayerNorm(width)])])
         self.read = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
         self.out = nn.Linear(width, width)
-        self.out.weight = self.h[2].linear.weight  # type: ignore[union-attr]
+        self.out.weight = self.h[2].linear.weight  # type: ignore[union-attr,assignment]
 
     def forward(self, images: Tensor) -> Tensor:
         x = stem = self.stem(images.flatten(1))
         for block in self.h:
             x, more = block(x, skip=stem)
         x, _ = self.h[0](more["twice"], skip=None, flag=False)
-        for linear, norm in self.pairs:  # type: ignore[misc]
+        for pair in self.pairs:
+            linear, norm = pair.children()
             x = norm(linear(x))
         features: Tensor = self.out(x @ self.read[0].weight)
         return features
@@ -109,7 +110,8 @@ def step(module: MergeModule, images: int = 5) -> tuple[dict[str, Tensor], Tenso
         module.configure_model()
         module.trainer = MergeTrainer(**TINY)
         module.trainer.strategy.connect(module)
-        module.log = module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]
+        module.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
     batch = {}
     for task in module.suite.tasks:
         data = module.suite.dataset(task, "test")
@@ -249,7 +251,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     gradients = []
     for ranks, merge_by in ((1, "network"), (2, "block")):
         (folder := tmp_path / str(ranks)).mkdir()
-        module = AdaMerging(suite=odd(), merge_by=merge_by, max_images=5)  # type: ignore[arg-type]
+        module = AdaMerging(suite=odd(), merge_by=merge_by, max_images=5)
         data = TaskDataModule(module.suite, batch_size=8 // ranks, steps_per_epoch=2)
         options = {"max_epochs": 1, "callbacks": [Record(folder)], "enable_checkpointing": False}
         trainer(folder, ranks, **options).fit(module, datamodule=data)
@@ -291,7 +293,7 @@ class Doubled(AdaMerging):
 def test_says_what_cannot_be_merged_by_block() -> None:
     suite = ToySuite("vit")
     with pytest.raises(MergeError, match="expected network or block, found 'layer'"):
-        AdaMerging(suite=suite, merge_by="layer")  # type: ignore[arg-type]
+        AdaMerging(suite=suite, merge_by="layer")
     with pytest.raises(MergeError, match="DAM cannot merge by block: it uses one gradient"):
         DAM(suite=suite, merge_by="block")
     with pytest.raises(MergeError, match="SingularAdaMerging cannot merge by block: it multiplies"):
