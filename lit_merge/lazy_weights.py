@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from lit_merge.functional.leaf_gradient import Sourced
-from lit_merge.functional.masked import Mask
+from lit_merge.functional.masked import Mask, pulled
 from lit_merge.stack import Stack
 
 __all__ = ("LazyWeights", "detached")
@@ -218,7 +218,8 @@ class _Merge(torch.autograd.Function):
         with torch.autocast(stack.device.type, enabled=False):
             for column, block in stack.storage.walk([c for c in columns if given[c] is not None]):
                 weights, *pieces = of[column]
-                found[column] = stack.pulled(column, block, given[column], weights, recipe, pieces, wanted[column])
+                flat = given[column].flatten().to(stack.compute_dtype)  # type: ignore[union-attr]
+                found[column] = pulled(block, flat, weights, column, recipe, pieces, wanted[column])
         return (None, None, None, *(value for column in columns for value in found[column]))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.masked import Mask
+from lit_merge.functional.masked import Mask, pulled
 from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
 from lit_merge.storage.dense import DenseStorage
 
@@ -211,52 +211,14 @@ class Stack(nn.Module):
         for column, block in self._walk(gradients):
             gradient, part = gradients[column], self.layout.parts[column]
             assert gradient is not None
-            pieces, own = [x[part] for x in mask.logits], coefficients[:, column]
-            product, *found = self.pulled(column, block, gradient, own, mask.recipe, pieces, wanted)
+            flat, pieces = gradient.flatten().to(self.compute_dtype), [x[part] for x in mask.logits]
+            product, *found = pulled(block, flat, coefficients[:, column], column, mask.recipe, pieces, wanted)
             if products is not None and product is not None:
                 products[:, column] = product
             for slope, value in zip(slopes, found, strict=True):
                 if slope is not None and value is not None:
                     slope[part] = value
         return products, *slopes
-
-    def pulled(
-        self,
-        column: int,
-        block: Block,
-        given: Tensor,
-        weights: Tensor,
-        recipe: Callable[..., Tensor] | None,
-        pieces: Sequence[Tensor],
-        wanted: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """Take the gradient of one merged tensor back to what it was made of.
-
-        Args:
-            column: Its number.
-            block: Its base and task vectors.
-            given: dL/dθ_l, ``(*shape)``.
-            weights: Its coefficients ``(T,)``.
-            recipe: That of the mask, if there is one.
-            pieces: The tensor's own piece of each of the mask's logits, ``(n,)``.
-            wanted: For the coefficients and for each of the pieces, whether its gradient is asked for.
-
-        Returns:
-            Gradients ``(T,)`` and, for each of the pieces, ``(n,)``; ``None`` where none is asked for or there is none.
-        """
-        gradient = given.flatten().to(self.compute_dtype)
-        if recipe is None:
-            return [block.products(gradient)] if wanted[0] else [None]
-        with torch.enable_grad():
-            ends = [x.detach().requires_grad_(want) for x, want in zip(pieces, wanted[1:], strict=True)]
-            factor = recipe(column, *ends)
-        found: list[Tensor | None] = [block.products(gradient * factor.detach()) if wanted[0] else None]
-        asked = [x for x in ends if x.requires_grad]
-        if not factor.requires_grad:
-            return found + [None] * len(ends)
-        outer = gradient * block.offset(weights)
-        slopes = iter(torch.autograd.grad(factor, asked, outer, allow_unused=True))
-        return found + [next(slopes) if x.requires_grad else None for x in ends]
 
     def _walk(self, gradients: Sequence[Tensor | None] | None = None) -> Iterator[tuple[int, Block]]:
         """All tensors, or those that have a gradient."""

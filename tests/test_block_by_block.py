@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from toys import SIZE, ToyData, ToySuite, expert_state, network
 
-from lit_merge import AdaMerging, MergeModule, MergeTrainer, TaskDataModule
+from lit_merge import AdaMerging, MergeModule, MergeTrainer, TaskDataModule, lazy_weights
 from lit_merge.data import UnlabelledBatch
 from lit_merge.encoders import HuggingFaceEncoder, OpenClipEncoder
 from lit_merge.encoders.heads import CosineHead
@@ -160,19 +160,19 @@ class Alive:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = 0
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        merged, pulled = Stack.merged, Stack.pulled
+        merged, pulled = Stack.merged, lazy_weights.pulled
 
         def counted_merge(stack: Stack, *args: Any, **kwargs: Any) -> Tensor:
             result = merged(stack, *args, **kwargs)
             self.note(result)
             return result
 
-        def counted_pull(stack: Stack, column: int, block: Any, given: Tensor, *rest: Any) -> Any:
-            self.note(given)
-            return pulled(stack, column, block, given, *rest)
+        def counted_pull(block: Any, gradient: Tensor, *rest: Any) -> Any:
+            self.note(gradient)
+            return pulled(block, gradient, *rest)
 
         monkeypatch.setattr(Stack, "merged", counted_merge)
-        monkeypatch.setattr(Stack, "pulled", counted_pull)
+        monkeypatch.setattr(lazy_weights, "pulled", counted_pull)
 
     def note(self, value: Tensor) -> None:
         storage = value.untyped_storage()
