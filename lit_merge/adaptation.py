@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_merge.block_steps import BlockSteps
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
-from lit_merge.evaluation import EvaluationSteps
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
+from lit_merge.lazy_weights import detached
 from lit_merge.objectives import Objective, TaskOutput
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton
@@ -39,7 +40,7 @@ class Perturbed(NamedTuple):
 _UNPERTURBED = Perturbed(None)
 
 
-class AdaptationSteps(EvaluationSteps):
+class AdaptationSteps(BlockSteps):
     """The adaptation half of :class:`~lit_merge.MergeModule`: merge once per step, then the losses of all tasks.
 
     Attributes:
@@ -55,10 +56,6 @@ class AdaptationSteps(EvaluationSteps):
     teachers: TeacherCache
 
     @abstractmethod
-    def merge(self, bank: Any) -> dict[str, Tensor]:  # noqa: ANN401 - said by MergeModule
-        """Return the merged parameters by name."""
-
-    @abstractmethod
     def complete(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Add to merged parameters what a network needs besides."""
 
@@ -72,7 +69,7 @@ class AdaptationSteps(EvaluationSteps):
         Returns:
             The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
         """
-        merged = self.merge(self.bank)
+        merged = self.merged_to_adapt()
         weights = leaves(merged)
         outputs: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
@@ -127,7 +124,7 @@ class AdaptationSteps(EvaluationSteps):
         """
         if self.perturbations is None:
             raise MergeError(f"{type(self).__name__}: its objective has no universal perturbations")
-        still = {name: value.detach() for name, value in state.items()}
+        still = detached(state)
         self.perturbations.climb(
             lambda images: {task: logits for task, (_, logits) in self.all_outputs(still, images).items()},
             {task: batch[task].images for task in classes},

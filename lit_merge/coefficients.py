@@ -36,7 +36,7 @@ from torch import Tensor
 from lit_merge.errors import MergeError
 from lit_merge.functional.lines import depths
 
-__all__ = ("Coefficient", "Filtered", "Granularity", "Tied", "Tying", "per_tensor", "start_values", "tying")
+__all__ = ("Coefficient", "Filtered", "Granularity", "Tied", "Tying", "per_tensor", "spread", "start_values", "tying")
 
 
 class Filtered(TypedDict):
@@ -256,3 +256,31 @@ def _finite(value: Any, label: str) -> float:  # noqa: ANN401 - from a config
     if not _is_number(value) or not math.isfinite(value):
         raise MergeError(f"{label}: expected finite numbers, found {value!r}")
     return float(value)
+
+
+def spread(values: Tensor, tasks: int, tensors: int) -> Tensor:
+    """Return coefficients of any of three shapes as one per task and tensor.
+
+    Args:
+        values: One number ``()``, one per task ``(T,)``, or one per task and tensor ``(T, L)``.
+        tasks: T.
+        tensors: L.
+
+    Returns:
+        ``(T, L)``, a view.
+
+    Raises:
+        MergeError: The shape is none of these.
+
+    >>> spread(torch.tensor([0.25, 0.5]), 2, 3).tolist()
+    [[0.25, 0.25, 0.25], [0.5, 0.5, 0.5]]
+    """
+    if values.ndim == 0:
+        values = values.expand(tasks, tensors)
+    elif values.shape == (tasks,):
+        values = values.unsqueeze(1).expand(tasks, tensors)
+    if values.shape != (tasks, tensors):
+        raise MergeError(
+            f"coefficients: expected a number, ({tasks},) or ({tasks}, {tensors}), found {tuple(values.shape)}"
+        )
+    return values

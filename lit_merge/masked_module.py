@@ -152,7 +152,8 @@ class MaskedMergeModule(MergeModule):
         Returns:
             The loss on this rank, and the gradient of each tensor in the mean over ranks.
         """
-        merged = self.bank.contract(coefficients, mask)
+        with self.recipes():
+            merged = self.bank.contract(coefficients, mask)
         weights = leaves(merged)
         loss = leaf_loss(merged, weights, losses(self.complete(weights)), self._loss_scale())
         del merged, weights  # a network's memory, just before the gradient of the mask takes as much

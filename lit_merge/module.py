@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lit_merge.agreement import check_agreement
 from lit_merge.bank_reading import BankReading, StorageDtype
+from lit_merge.block_steps import MergeBy
 from lit_merge.checkpoints.checks import check_keys
 from lit_merge.checkpoints.digests import state_digest
 from lit_merge.checkpoints.lazy import Selected
@@ -58,6 +59,9 @@ class MergeModule(BankReading, StreamSteps, ABC):
         max_images: Images per encoder pass in adaptation; tasks are grouped up to it, to save memory. A task's batch
             is never split. By default all tasks go together.
         teacher_cache: Bytes for the experts' outputs, if the objective needs them.
+        merge_by: What is merged at once in a step of adaptation. ``network``: all weights. ``block``: those of one
+            numbered block, again in the backward pass, so that neither merged weights nor their gradient, nor the
+            activations inside of blocks take more memory than one block's; a step costs one pass forward more.
         storage_dtype: How task vectors are kept; by default as the base, at least float32. ``bfloat16`` halves the
             memory at a relative error of 2⁻⁹ per task vector; coefficients and sums stay in float32.
         storage: Where they are kept: on the ``device``, the ``host``, in a file (``mmap``), on the device with matrices
@@ -91,6 +95,7 @@ class MergeModule(BankReading, StreamSteps, ABC):
         storage_rank: int | float = 0.25,
         storage_budget: int | None = None,
         storage_folder: str | None = None,
+        merge_by: MergeBy = "network",
     ) -> None:
         super().__init__()
         if buffers not in ("average", "base", "recalibrate"):
@@ -98,6 +103,7 @@ class MergeModule(BankReading, StreamSteps, ABC):
         self.keep_in(storage_dtype, storage, storage_rank, storage_budget, storage_folder)
         if max_images is not None and max_images < 1:
             raise MergeError(f"model.max_images: expected at least 1, found {max_images}")
+        self.use_merge_by(merge_by)
         self.save_hyperparameters(ignore=(*_OBJECTS, "storage_budget", "storage_folder"))  # these say where it ran
         self.suite = suite
         self.transforms = tuple(transforms or ())
@@ -175,6 +181,7 @@ class MergeModule(BankReading, StreamSteps, ABC):
             return
         self.suite.prepare()
         self.skeleton = Skeleton(self.suite.network())
+        self.skeleton.by_block.check(self.merge_by)
         base = self.suite.base()
         check_keys("base", base, self.skeleton.keys, of="network", advice="give the state dict of this very network")
         base = Selected(base, self.skeleton.keys)  # columns go with depth, whatever a file's order is

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lit_merge.block_by_block import BlockByBlock
 from lit_merge.errors import MergeError
+from lit_merge.lazy_weights import LazyWeights
 
 __all__ = ("Skeleton", "freeze_to_buffers")
 
@@ -46,6 +48,7 @@ class Skeleton(nn.Module):
         network: Maps images ``(B, C, H, W)`` to features ``(B, D)``. It is copied, not changed.
 
     Attributes:
+        by_block: Runs the network with lazy weights.
         buffers_of: Names of the persistent floating and integer buffers.
         tied: Second names of tied parameters, ``{alias: name}``.
 
@@ -62,10 +65,11 @@ class Skeleton(nn.Module):
         self.buffers_of = frozenset(self.keys) - parameters
         self.network = freeze_to_buffers(deepcopy(network))
         self._drop_values()
+        self.by_block = BlockByBlock(self.network, self.keys)
 
     def _drop_values(self) -> None:
         """Replace what is passed in at every call by empty tensors: the bank holds the base already."""
-        owners = dict(self.network.named_modules())
+        owners = dict(self.network.named_modules(remove_duplicate=False))  # a state dict has shared ones twice
         for key in self.keys:
             path, _, leaf = key.rpartition(".")
             if leaf in owners[path]._buffers:
@@ -76,7 +80,7 @@ class Skeleton(nn.Module):
         """Run the network.
 
         Args:
-            state: Complete state dict.
+            state: Complete state dict. With lazy weights each numbered block makes its own, anew in the backward pass.
             images: ``(B, C, H, W)``.
 
         Returns:
@@ -85,7 +89,10 @@ class Skeleton(nn.Module):
         Raises:
             MergeError: The network returned something else than a tensor ``(B, ...)``.
         """
-        features = functional_call(self.network, dict(state), (images,), tie_weights=False)
+        if isinstance(state, LazyWeights):
+            features = self.by_block.run(self.network, state, images)
+        else:
+            features = functional_call(self.network, dict(state), (images,), tie_weights=False)
         if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1]:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise MergeError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_merge.errors import MergeError
-from lit_merge.functional.masked import Mask
+from lit_merge.functional.masked import Mask, pulled
 from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
 from lit_merge.storage.dense import DenseStorage
 
@@ -156,12 +156,36 @@ class Stack(nn.Module):
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
-        merged = []
-        for column, block in self._walk():
-            part = self.layout.parts[column]
-            factor = mask.recipe(column, *(x[part] for x in mask.logits))
-            merged.append(self._shaped(column, block.masked(coefficients[:, column], factor)))
-        return tuple(merged)
+        parts = self.layout.parts
+        return tuple(
+            self.merged(column, block, coefficients[:, column], mask.recipe, [x[parts[column]] for x in mask.logits])
+            for column, block in self._walk()
+        )
+
+    def merged(
+        self,
+        column: int,
+        block: Block,
+        weights: Tensor,
+        recipe: Callable[..., Tensor] | None = None,
+        pieces: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """Merge one tensor.
+
+        Args:
+            column: Its number.
+            block: Its base and task vectors.
+            weights: Its coefficients ``(T,)``.
+            recipe: That of the mask, if there is one.
+            pieces: The tensor's own piece of each of the mask's logits, ``(n,)``.
+
+        Returns:
+            ``(*shape)``, in the dtype of the base.
+        """
+        if recipe is None:
+            return self._shaped(column, block.merge(weights))
+        factor = recipe(column, *pieces)
+        return self._shaped(column, block.masked(weights, factor))
 
     def masked_gradients(
         self, coefficients: Tensor, mask: Mask, gradients: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -181,23 +205,15 @@ class Stack(nn.Module):
         products = torch.zeros_like(coefficients) if wanted[0] else None
         slopes = [torch.zeros_like(x) if want else None for x, want in zip(mask.logits, wanted[1:], strict=True)]
         for column, block in self._walk(gradients):
-            given, part = gradients[column], self.layout.parts[column]
-            assert given is not None
-            gradient = given.flatten().to(self.compute_dtype)
-            with torch.enable_grad():
-                pieces = [
-                    x.detach()[part].requires_grad_(s is not None) for x, s in zip(mask.logits, slopes, strict=True)
-                ]
-                factor = mask.recipe(column, *pieces)
-            if products is not None:
-                products[:, column] = block.products(gradient * factor.detach())
-            if factor.requires_grad:
-                outer = gradient * block.offset(coefficients[:, column])
-                asked = [(x, s) for x, s in zip(pieces, slopes, strict=True) if s is not None]
-                found = torch.autograd.grad(factor, [x for x, _ in asked], outer, allow_unused=True)
-                for (_, slope), value in zip(asked, found, strict=True):
-                    if value is not None:
-                        slope[part] = value
+            gradient, part = gradients[column], self.layout.parts[column]
+            assert gradient is not None
+            flat, pieces = gradient.flatten().to(self.compute_dtype), [x[part] for x in mask.logits]
+            product, *found = pulled(block, flat, coefficients[:, column], column, mask.recipe, pieces, wanted)
+            if products is not None and product is not None:
+                products[:, column] = product
+            for slope, value in zip(slopes, found, strict=True):
+                if slope is not None and value is not None:
+                    slope[part] = value
         return None if products is None else self.storage.total(products), *slopes
 
     def _walk(self, gradients: Sequence[Tensor | None] | None = None) -> Iterator[tuple[int, Block]]:

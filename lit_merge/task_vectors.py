@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from lit_merge.checkpoints.checks import check_tied, common_layout
 from lit_merge.checkpoints.digests import read_hashed
 from lit_merge.checkpoints.threads import in_threads
-from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, tying
+from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, spread, tying
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
+from lit_merge.lazy_weights import LazyWeights
 from lit_merge.stack import Stack, StackPieces
 from lit_merge.storage import DenseStorage, Storage, StorageFactory
 from lit_merge.transforms.base import Transform
@@ -63,6 +65,7 @@ class TaskVectors(nn.Module):
         self._weights = parameters
         self._statistics = buffers
         self._tied = dict(tied)
+        self._lazy = False
         self._constant_names = tuple(constants)
         for number, value in enumerate(constants.values()):
             self.register_buffer(f"_constant_{number}", value.clone(), persistent=False)
@@ -217,20 +220,23 @@ class TaskVectors(nn.Module):
         >>> bank.contract(0.25)["w"]
         tensor([0.2500, 0.2500])
         """
-        tasks, tensors = len(self.tasks), len(self.names)
-        values = torch.as_tensor(coefficients, dtype=self.compute_dtype, device=self._weights.device)
-        if values.ndim == 0:
-            values = values.expand(tasks, tensors)
-        elif values.shape == (tasks,):
-            values = values.unsqueeze(1).expand(tasks, tensors)
-        if values.shape != (tasks, tensors):
-            raise MergeError(
-                f"coefficients: expected a number, ({tasks},) or ({tasks}, {tensors}), found {tuple(values.shape)}"
-            )
+        size = len(self.tasks), len(self.names)
+        values = spread(torch.as_tensor(coefficients, dtype=self.compute_dtype, device=self._weights.device), *size)
         for logits in () if mask is None else mask.logits:
             if logits.shape != (len(self._weights),):
                 raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
+        if self._lazy:
+            return cast("dict[str, Tensor]", LazyWeights(self._weights, values, mask))
         return self._weights.contract(values, mask)
+
+    @contextmanager
+    def lazily(self) -> Iterator[None]:
+        """Within it, :meth:`contract` returns a recipe, :class:`~lit_merge.lazy_weights.LazyWeights`."""
+        self._lazy = True
+        try:
+            yield
+        finally:
+            self._lazy = False
 
     def pull_back(
         self,
@@ -332,5 +338,7 @@ class TaskVectors(nn.Module):
 
     def _assemble(self, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
+        if isinstance(parameters, LazyWeights):
+            return cast("dict[str, Tensor]", parameters.with_tensors({**statistics, **constants}, self._tied))
         state = {**parameters, **statistics, **constants}
         return state | {alias: state[name] for alias, name in self._tied.items()}

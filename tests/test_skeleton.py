@@ -85,3 +85,10 @@ def test_freezing_keeps_ties_and_results() -> None:
     assert not list(frozen.parameters())
     assert frozen.first.weight is frozen.second.weight  # type: ignore[union-attr]
     torch.testing.assert_close(frozen(IMAGES), expected)
+
+
+def test_a_layer_that_is_there_twice_is_run_twice() -> None:
+    layer = nn.Linear(4, 4)
+    net = nn.Sequential(layer, nn.Tanh(), layer)
+    images = torch.ones(2, 4)
+    torch.testing.assert_close(Skeleton(net)(net.state_dict(), images), net(images))

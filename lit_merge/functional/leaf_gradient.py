@@ -6,14 +6,38 @@ back through the merge. Chunks of the work free their graphs one after the other
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ("accumulate", "leaf_loss", "leaves")
+__all__ = ("Sourced", "accumulate", "leaf_loss", "leaves")
+
+
+class Sourced(Mapping[str, Tensor]):
+    """Merged weights that are made when they are looked up: not they, but what they are made of collects gradients."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> list[Tensor]:
+        """What the weights are made of, with its graph, as far as it has one."""
+
+    @abstractmethod
+    def leaves(self) -> Self:
+        """Cut from the graph: the same weights, made of leaves."""
+
+    @property
+    @abstractmethod
+    def inputs(self) -> list[Tensor]:
+        """Of :meth:`leaves`: the leaves that collect gradients."""
+
+    @property
+    @abstractmethod
+    def gradients(self) -> list[Tensor | None]:
+        """Of :meth:`leaves`: what was collected for each of the :attr:`sources`."""
 
 
 class _WithGradient(torch.autograd.Function):
@@ -36,11 +60,13 @@ def leaves(merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut the merged weights from their graph; those that have one become leaves that collect a gradient.
 
     Args:
-        merged: Merged weights.
+        merged: Merged weights. Of lazy ones, what they are made of becomes the leaves.
 
     Returns:
         The same values, sharing memory.
     """
+    if isinstance(merged, Sourced):
+        return cast("dict[str, Tensor]", merged.leaves())
     return {name: value.detach().requires_grad_(value.requires_grad) for name, value in merged.items()}
 
 
@@ -51,7 +77,10 @@ def accumulate(loss: Tensor, weights: Mapping[str, Tensor]) -> None:
         loss: Scalar.
         weights: Leaves as returned by :func:`leaves`.
     """
-    inputs = [value for value in weights.values() if value.requires_grad]
+    if isinstance(weights, Sourced):
+        inputs = weights.inputs
+    else:
+        inputs = [value for value in weights.values() if value.requires_grad]
     if inputs and loss.requires_grad:
         loss.backward(inputs=inputs)
 
@@ -85,6 +114,8 @@ def leaf_loss(
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:
         total = torch.zeros(())
+    if isinstance(merged, Sourced) and isinstance(weights, Sourced):
+        return _WithGradient.apply(total, weights.gradients, scale, *merged.sources)  # type: ignore[no-any-return]
     live = [name for name, value in merged.items() if value.requires_grad]
     gradients = [weights[name].grad for name in live]
     return _WithGradient.apply(total, gradients, scale, *(merged[name] for name in live))  # type: ignore[no-any-return]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ("Mask",)
+__all__ = ("Mask", "pulled")
 
 
 class Mask(NamedTuple):
@@ -35,3 +36,46 @@ class Mask(NamedTuple):
     def detach(self) -> Mask:
         """Return the same mask as a constant."""
         return Mask(self.recipe, tuple(x.detach() for x in self.logits))
+
+
+class _Block(Protocol):
+    """What is needed of a :class:`~lit_merge.storage.Block`."""
+
+    def offset(self, weights: Tensor) -> Tensor: ...
+    def products(self, vector: Tensor) -> Tensor: ...
+
+
+def pulled(
+    block: _Block,
+    gradient: Tensor,
+    weights: Tensor,
+    column: int,
+    recipe: Callable[..., Tensor] | None,
+    pieces: Sequence[Tensor],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """Take the gradient of one merged tensor, θ0 + m ⊙ Σ_t λ_t τ_t, back to what it was made of.
+
+    Args:
+        block: Its base and task vectors.
+        gradient: dL/dθ, ``(n,)``, in the dtype of the arithmetic.
+        weights: Its coefficients ``(T,)``.
+        column: Its number.
+        recipe: That of the mask, if there is one.
+        pieces: The tensor's own piece of each of the mask's logits, ``(n,)``.
+        wanted: For the coefficients and for each of the pieces, whether its gradient is asked for.
+
+    Returns:
+        Gradients ``(T,)`` and, for each of the pieces, ``(n,)``; ``None`` where none is asked for or there is none.
+    """
+    if recipe is None:
+        return [block.products(gradient) if wanted[0] else None]
+    with torch.enable_grad():
+        ends = [x.detach().requires_grad_(want) for x, want in zip(pieces, wanted[1:], strict=True)]
+        factor = recipe(column, *ends)
+    found: list[Tensor | None] = [block.products(gradient * factor.detach()) if wanted[0] else None]
+    if not factor.requires_grad:
+        return found + [None] * len(ends)
+    asked = [x for x in ends if x.requires_grad]
+    slopes = iter(torch.autograd.grad(factor, asked, gradient * block.offset(weights), allow_unused=True))
+    return found + [next(slopes) if x.requires_grad else None for x in ends]

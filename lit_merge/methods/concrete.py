@@ -70,7 +70,8 @@ class ConcreteMerging(MaskedMergeModule):
 
     What is learned is as large as a network, and so is a checkpoint: logits and the state of their optimizer, with
     Adam three network sizes. Beside these and the bank, a step takes the memory of two networks: merged weights and
-    their gradient, then that and the gradient of the logits. ``fused: true`` keeps Adam from taking more.
+    their gradient, then that and the gradient of the logits; with ``merge_by: block`` that of one, the gradient of the
+    logits, and one block. ``fused: true`` keeps Adam from taking more.
 
     Randomness is a function of (``mask_seed``, step), so a resumed run and all ranks draw the same masks. Half a batch
     is cut by the order of the images over all ranks, so that several ranks together cut it as one would. Under the

@@ -42,10 +42,9 @@ class DAM(ConcreteMerging):
        f(x + δ_t) with argmax f(x) (third part; λ′ and δ are constants). M2 moves under the new M1, but L_perf's
        gradient by the weights and argmax f(x) are those under the old one: this saves one of six encoder passes.
 
-    The remaining steps learn the coefficients from λ0 under the final masks, on the whole
-    batch: on L_perf (``coefficient_stage: entropy``, which inflates a backdoor again), or on L_perf + α_λ L_safe
-    (``safe``). With ``none`` all steps are those of the masks, and the coefficients stay as they are. A ``batch_size``
-    of 48 gives each part the published 16 images per task.
+    The remaining steps learn the coefficients from λ0 under the final masks, on the whole batch: L_perf
+    (``coefficient_stage: entropy``, which inflates a backdoor again), or L_perf + α_λ L_safe (``safe``). With ``none``
+    all steps are those of the masks. A ``batch_size`` of 48 gives each part the published 16 images.
 
     =====================  ===========================  ==============================================================
     argument               ``paper``                    ``released``
@@ -99,6 +98,7 @@ class DAM(ConcreteMerging):
     """
 
     wide = ("logits", "detection")
+    no_blocks = "it uses one gradient by the merged weights twice, so all of it has to exist; use merge_by: network"
     _unlearned = "coefficient_stage: none"
 
     def __init__(

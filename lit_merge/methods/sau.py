@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.adaptation import Batches
+from lit_merge.lazy_weights import detached
 from lit_merge.methods.post_hoc import AdversarialMasking
 from lit_merge.objectives.shared_adversarial import shared_adversarial_gain, shared_adversarial_loss
 
@@ -38,7 +39,8 @@ class SAU(AdversarialMasking):
     @torch.no_grad()
     def reference_state(self) -> dict[str, Tensor]:
         """Return the merged network without a mask."""
-        return self.complete(self.bank.contract(self.coefficients_of(self.bank)))
+        with self.recipes():
+            return self.complete(self.bank.contract(self.coefficients_of(self.bank)))
 
     @torch.no_grad()
     def classes(
@@ -58,7 +60,7 @@ class SAU(AdversarialMasking):
         """Climb towards shared adversarial examples."""
         assert reference is not None
         assert self.perturbations is not None
-        still = {name: value.detach() for name, value in state.items()}
+        still = detached(state)
         for _ in range(self.ascent.steps):
             deltas = {task: self.perturbations.delta(task).detach().clone().requires_grad_() for task in classes}
             shaken = {task: self.perturbations(task, batch[task].images, delta) for task, delta in deltas.items()}

@@ -53,6 +53,8 @@ class SingularAdaMerging(MergeModule):
     Source: factors: Gargiulo et al., arXiv 2412.00081; learning: Yang et al., AdaMerging, arXiv 2310.02575.
     """
 
+    no_blocks = "it multiplies fixed factors instead of contracting the bank; use merge_by: network"
+
     def __init__(
         self,
         blocks: int = 4,
