@@ -25,7 +25,7 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def in_ranks(world: int, work: Callable[[int], object], deadline: float = 60.0) -> list[Ended]:
+def in_ranks(world: int, work: Callable[[int], object], deadline: float = 240.0) -> list[Ended]:
     """Run something on every rank of a group, each in a fork that inherits all imports.
 
     Args:

@@ -56,7 +56,7 @@ def test_the_others_end_and_a_resumed_run_is_the_same(tmp_path: Path, rank: int,
     ended = in_ranks(2, lambda _: fit(tmp_path, Fate(rank, moment, how)))
     assert ended[rank].status == (-signal.SIGKILL if how == "kill" else 1)
     assert ended[1 - rank].status not in (0, -signal.SIGKILL)
-    assert ended[1 - rank].seconds - ended[rank].seconds < 10
+    assert ended[1 - rank].seconds - ended[rank].seconds < 30  # a second or two, on a machine with nothing else to do
     assert not (tmp_path / "report.json").exists()
     assert [each.status for each in in_ranks(2, lambda _: fit(tmp_path))] == [0, 0]
     assert left(tmp_path) == uninterrupted()
@@ -72,7 +72,7 @@ def test_a_busy_rank_ends_with_the_one_that_started_it(tmp_path: Path, monkeypat
         _join(0, 2, port, lambda _: fit(tmp_path, fate))
 
     assert _status(_fork(rank_zero)) == -signal.SIGKILL
-    assert ends(int((tmp_path / "pid-1").read_text()), 10)
+    assert ends(int((tmp_path / "pid-1").read_text()), 30)
     assert "error: rank 1 ends, because the rank that started it is gone\n" in (tmp_path / "stderr").read_text()
 
 
