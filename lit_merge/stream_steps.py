@@ -20,6 +20,7 @@ from lit_merge.progress import Progress
 from lit_merge.stage_bank import Differences, StageBank
 from lit_merge.stage_files import find_stage
 from lit_merge.stages import Stage, StageSteps
+from lit_merge.storage import StorageKind
 
 __all__ = ("StreamSteps",)
 
@@ -42,7 +43,8 @@ class StreamSteps(AdaptationSteps, StageSteps):
     accumulated: StageBank
     transforms: Any
     buffer_policy: Literal["average", "base", "recalibrate"]
-    storage_dtype: str | None
+    storage: StorageKind
+    storage_dtype: Literal["float32", "bfloat16", "float16"] | None
     head_digests: dict[str, str]
 
     def __init__(self) -> None:

@@ -79,14 +79,18 @@ class LowRankStorage(Storage):
         self.register_buffer("_base", base, persistent=False)
         self._ranks = tuple(_directions(shape, self.rank) for shape in self.layout.shapes)
         self._places: list[slice] = []
-        start, numbers = 0, {"dtype": self.dtype, "device": base.device}
+        start = 0
         for column, (shape, k) in enumerate(zip(self.layout.shapes, self._ranks, strict=True)):
             own = 0 if k else shape.numel()
             self._places.append(slice(start, start := start + own))
             if k:
                 m, n = _matrix(shape)
-                self.register_buffer(f"_left_{column}", torch.zeros(m, self.tasks * k, **numbers), persistent=False)
-                self.register_buffer(f"_right_{column}", torch.zeros(self.tasks * k, n, **numbers), persistent=False)
+                self.register_buffer(
+                    f"_left_{column}", base.new_zeros(m, self.tasks * k, dtype=self.dtype), persistent=False
+                )
+                self.register_buffer(
+                    f"_right_{column}", base.new_zeros(self.tasks * k, n, dtype=self.dtype), persistent=False
+                )
         self.register_buffer("_rows", zero_rows(self.tasks, start, self.dtype, base.device), persistent=False)
         size = (self.tasks, len(self.layout.names))
         self._lengths, self._lost = (torch.zeros(size, dtype=torch.float64, device="cpu") for _ in range(2))

@@ -127,7 +127,7 @@ class MappedStorage(HostStorage):
         return {**super().__getstate__(), "_files": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         base, rows = self._base, self._rows
         _check_room(self._folder, base.nbytes + rows.nbytes)
         self._base = self._allocate(len(base), base.dtype).copy_(base)

@@ -132,7 +132,7 @@ def large() -> NetworkSuite:
         network=base,
         experts={task: Shifted(base.state_dict(), t) for t, task in enumerate(tasks)},  # type: ignore[misc]
         heads={task: nn.Linear(WIDTH, 2) for task in tasks},
-        test={task: ToyData(4, 2, t) for t, task in enumerate(tasks)},  # type: ignore[misc]
+        test={task: ToyData(4, 2, t) for t, task in enumerate(tasks)},
     )
 
 
@@ -146,7 +146,7 @@ def limited(storage: str) -> str:
     """Three steps in a process that may take no more than :data:`LIMIT` bytes besides what it has; how it ended."""
     threads.MOST_THREADS = 1  # each has a stack of 8 MiB
     suite = large()
-    module = AdaMerging(suite=suite, storage=storage)  # type: ignore[arg-type]
+    module = AdaMerging(suite=suite, storage=storage)
     data = TaskDataModule(suite, batch_size=2, steps_per_epoch=3)
     resource.setrlimit(resource.RLIMIT_DATA, (private() + LIMIT, resource.RLIM_INFINITY))
     try:

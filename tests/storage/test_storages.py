@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -186,9 +186,10 @@ def test_a_transform_has_the_bits_of_one_in_memory(kind: str, transform: Any) ->
 
 def test_host_memory_does_not_move_with_the_module() -> None:
     tv = bank("host")
-    before = tv.storage._base.data_ptr()
+    storage: Any = tv.storage
+    before = storage._base.data_ptr()
     tv.to(torch.float64)
-    assert tv.storage._base.data_ptr() == before
+    assert storage._base.data_ptr() == before
     assert sum(value.numel() for value in tv.storage.buffers()) == 0
     assert tv.storage.lazy
     assert isinstance(tv.deltas["b"], Tensor)
@@ -205,10 +206,10 @@ def test_forks_share_a_file_that_has_no_name(tmp_path: Path) -> None:
     tv = bank("mmap", folder=tmp_path)
     assert not list(tmp_path.iterdir())
     assert sum(value.nbytes for value in tv.storage.buffers()) == 0
-    copied = deepcopy(tv)
+    copied, storage = deepcopy(tv), cast("Any", tv.storage)
 
     def write() -> None:
-        tv.storage._rows[0, 0] = 7.0
+        storage._rows[0, 0] = 7.0
         assert float(copied.deltas["h.1.w"][0, 0, 0]) == 7.0
 
     assert in_child(write) == 0
@@ -220,13 +221,14 @@ def test_the_system_is_told_what_is_not_needed(monkeypatch: pytest.MonkeyPatch) 
     base = {"w": torch.randn(2**16), "b": torch.randn(3)}
     tv = TaskVectors.from_state_dicts(base, {"a": {"w": torch.ones(2**16), "b": torch.ones(3)}}, storage=MappedStorage)
     said: list[tuple[str, int]] = []
-    advise = type(tv.storage._files[0]).advise
+    kind: Any = type(cast("Any", tv.storage)._files[0])
+    advise = kind.advise
 
     def noted(self: Any, part: Tensor, what: str) -> None:
         said.append((what, part.nbytes))
         advise(self, part, what)
 
-    monkeypatch.setattr(type(tv.storage._files[0]), "advise", noted)
+    monkeypatch.setattr(kind, "advise", noted)
     merged = tv.contract(0.5)
     torch.testing.assert_close(merged["w"], 0.5 * (base["w"] + 1))
     assert said == [("MADV_DONTNEED", 2**18)] * 4  # base and row, asked of both files
