@@ -10,6 +10,8 @@ import torch
 from rank_cases import CASES, LEARNABLE
 from rank_group import gathered
 
+from lit_merge.storage import sharded
+
 FEW = ("adamerging-plus-plus", "concrete", "dam")  # of 8 images in a step the last of a stream are 5 and 6
 
 
@@ -66,15 +68,32 @@ def run(ranks: int, names: tuple[str, ...], folder: Path, **more: Any) -> list[d
     return [work()] if ranks == 1 else gathered(ranks, folder, work)
 
 
+def shared(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those whose experts are there at once: a stream has a bank of two rows, which is on the device."""
+    return tuple(name for name in names if not CASES[name].stream)
+
+
+@pytest.fixture(autouse=True)
+def small_tensors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "WHOLE", 0)  # all tensors of toys are small
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_two_ranks_are_one(tmp_path: Path, part: int) -> None:
     names = tuple(CASES)[part::4]
     (alone,), ranks = run(1, names, tmp_path / "1"), run(2, names, tmp_path / "2")
     for name in names:
         check(name, alone[name], [rank[name] for rank in ranks])
+    ranks = run(2, shared(names), tmp_path / "shared", storage="sharded")
+    for name in shared(names):
+        check(name, alone[name], [rank[name] for rank in ranks])
 
 
 def test_four_ranks_are_one(tmp_path: Path) -> None:
     (alone,), ranks = run(1, FEW, tmp_path / "1"), run(4, FEW, tmp_path / "4")
     for name in FEW:
+        check(name, alone[name], [rank[name] for rank in ranks])
+    by_block = {"storage": "sharded", "merge_by": "block"}  # the most that goes on between ranks
+    ranks = run(4, FEW[:2], tmp_path / "shared", **by_block)
+    for name in FEW[:2]:
         check(name, alone[name], [rank[name] for rank in ranks])
