@@ -143,6 +143,11 @@ class ShardedStorage(Storage):
     def shared(self) -> bool:
         return True
 
+    @property
+    @override
+    def lazy(self) -> bool:
+        return True
+
     @override
     def put(self, row: int, column: int, value: Tensor) -> None:
         own = self._own(column, value.detach())
