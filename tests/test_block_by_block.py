@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lit_merge.data import UnlabelledBatch
 from lit_merge.encoders import HuggingFaceEncoder, OpenClipEncoder
 from lit_merge.encoders.heads import CosineHead
 from lit_merge.errors import MergeError
+from lit_merge.functional.masked import pulled
 from lit_merge.methods import DAM, SAU, ConcreteMerging, SingularAdaMerging
 from lit_merge.objectives import Entropy, PerturbationConsistency, WeightedSum
 from lit_merge.skeleton import Skeleton
@@ -160,7 +162,7 @@ class Alive:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = 0
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        merged, pulled = Stack.merged, lazy_weights.pulled
+        merged = Stack.merged
 
         def counted_merge(stack: Stack, *args: Any, **kwargs: Any) -> Tensor:
             result = merged(stack, *args, **kwargs)
@@ -249,15 +251,15 @@ def test_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     gradients = []
-    for ranks, merge_by in ((1, "network"), (2, "block")):
-        (folder := tmp_path / str(ranks)).mkdir()
-        module = AdaMerging(suite=odd(), merge_by=merge_by, max_images=5)
+    for ranks, merge_by, storage in ((1, "network", "device"), (2, "block", "device"), (2, "block", "sharded")):
+        (folder := tmp_path / f"{ranks}-{storage}").mkdir()
+        module = AdaMerging(suite=odd(), merge_by=merge_by, max_images=5, storage=storage)
         data = TaskDataModule(module.suite, batch_size=8 // ranks, steps_per_epoch=2)
         options = {"max_epochs": 1, "callbacks": [Record(folder)], "enable_checkpointing": False}
         trainer(folder, ranks, **options).fit(module, datamodule=data)
         gradients.append([torch.load(folder / f"fit-{rank}.pt")["gradients"] for rank in range(ranks)])
-    (alone,), several = gradients
-    for rank in several:
+    (alone,), *several = gradients
+    for rank in chain.from_iterable(several):
         close(rank, alone)
 
 
