@@ -218,7 +218,7 @@ class _Merge(torch.autograd.Function):
         with torch.autocast(stack.device.type, enabled=False):
             for column, block in stack.storage.walk([c for c in columns if given[c] is not None]):
                 weights, *pieces = of[column]
-                flat = given[column].flatten().to(stack.compute_dtype)  # type: ignore[union-attr]
+                flat = given[column].flatten().to(stack.compute_dtype)
                 found[column] = pulled(block, flat, weights, column, recipe, pieces, wanted[column])
             own = {column: values[0] for column, values in found.items() if values[0] is not None}
             if own:
