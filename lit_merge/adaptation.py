@@ -53,6 +53,7 @@ class AdaptationSteps(EvaluationSteps):
     perturbations: UniversalPerturbations | None
     max_images: int | None
     teachers: TeacherCache
+    _hands_on = True  # whether the rule returns what the bank contracts as it is
 
     @abstractmethod
     def merge(self, bank: Any) -> dict[str, Tensor]:  # noqa: ANN401 - said by MergeModule
@@ -72,16 +73,30 @@ class AdaptationSteps(EvaluationSteps):
         Returns:
             The loss, and per task the logits ``(B, C)`` and the positions ``(B,)`` of the images, for callbacks.
         """
-        merged = self.merge(self.bank)
+        merged = self._merged_to_adapt()
         weights = leaves(merged)
         outputs: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
-        scale = self._loss_scale()
-        loss = leaf_loss(merged, weights, self._chunk_losses(self.complete(weights), batch, outputs, losses), scale)
+        found = self._chunk_losses(self.complete(weights), batch, outputs, losses)
+        loss = leaf_loss(merged, weights, found, self._loss_scale(), len(chunks(batch, self.max_images)))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
         index = {task: batch[task].index[: len(logits)] for task, logits in outputs.items()}
         return {"loss": loss, "logits": outputs, "index": index}
+
+    def _merged_to_adapt(self) -> dict[str, Tensor]:
+        """Merge; what autocast would cast in every layer and pass is made in its type, if the rule hands it on as it is.
+
+        A rule that goes on computing with what the bank contracts would do so in half precision; it is asked again.
+        """
+        types = self.skeleton.autocast_weights.types(self.device) if self._hands_on else {}
+        with self.bank.contracting_to(types):
+            merged = self.merge(self.bank)
+        if all(name not in types or hasattr(value.grad_fn, "way_back") for name, value in merged.items()):
+            return merged
+        self._hands_on = False
+        del merged
+        return self.merge(self.bank)
 
     def _chunk_losses(
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]

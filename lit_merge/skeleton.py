@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lit_merge.autocast_weights import AutocastWeights
 from lit_merge.errors import MergeError
 
 __all__ = ("Skeleton", "freeze_to_buffers")
@@ -48,6 +49,7 @@ class Skeleton(nn.Module):
     Attributes:
         buffers_of: Names of the persistent floating and integer buffers.
         tied: Second names of tied parameters, ``{alias: name}``.
+        autocast_weights: Which weights autocast casts, known after the first pass under it.
 
     >>> skeleton = Skeleton(nn.Linear(2, 1))
     >>> skeleton({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, torch.ones(1, 2))
@@ -61,6 +63,7 @@ class Skeleton(nn.Module):
         parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         self.buffers_of = frozenset(self.keys) - parameters
         self.network = freeze_to_buffers(deepcopy(network))
+        self.autocast_weights = AutocastWeights()
         self._drop_values()
 
     def _drop_values(self) -> None:
@@ -85,7 +88,8 @@ class Skeleton(nn.Module):
         Raises:
             MergeError: The network returned something else than a tensor ``(B, ...)``.
         """
-        features = functional_call(self.network, dict(state), (images,), tie_weights=False)
+        with self.autocast_weights.watching(self.network, self.tied, images.device):
+            features = functional_call(self.network, dict(state), (images,), tie_weights=False)
         if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1]:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise MergeError(

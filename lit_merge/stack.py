@@ -30,6 +30,7 @@ class Stack(nn.Module):
 
     Attributes:
         storage: How they are kept.
+        types: Types of tensors that :meth:`contract` makes in other ones than those of the base.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Stack(nn.Module):
         self.storage, self.layout = storage, storage.layout
         self.names, self.compute_dtype = self.layout.names, self.layout.compute_dtype
         self._columns = self.layout.columns()
+        self.types: dict[str, torch.dtype] = {}
 
     @property
     def device(self) -> torch.device:
@@ -143,16 +145,25 @@ class Stack(nn.Module):
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""
-        return tuple(self._shaped(column, block.merge(coefficients[:, column])) for column, block in self._walk())
+        return tuple(
+            block.merge_as(coefficients[:, column], *self._types(column)).reshape(self.layout.shapes[column])
+            for column, block in self._walk()
+        )
 
     def inner_products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Backward half of :meth:`contract`: ⟨dL/dθ_l, τ_{t,l}⟩ as ``(T, L)``, one pass over the bank."""
-        result = torch.zeros(self.storage.tasks, len(self.names), dtype=self.compute_dtype, device=self.device)
+        result = self._no_products()
         for column, block in self._walk(gradients):
             gradient = gradients[column]
             assert gradient is not None
-            result[:, column] = block.products(gradient.flatten().to(self.compute_dtype))
+            result[:, column] = self._products(block, gradient)
         return self.storage.total(result)
+
+    def _no_products(self) -> Tensor:
+        return torch.zeros(self.storage.tasks, len(self.names), dtype=self.compute_dtype, device=self.device)
+
+    def _products(self, block: Block, gradient: Tensor) -> Tensor:
+        return block.products(gradient.flatten() if block.widens else gradient.flatten().to(self.compute_dtype))
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
@@ -160,7 +171,10 @@ class Stack(nn.Module):
         for column, block in self._walk():
             part = self.layout.parts[column]
             factor = mask.recipe(column, *(x[part] for x in mask.logits))
-            merged.append(self._shaped(column, block.masked(coefficients[:, column], factor)))
+            value = block.masked(coefficients[:, column], factor)
+            for dtype in self._types(column):
+                value = value.to(dtype)
+            merged.append(value.reshape(self.layout.shapes[column]))
         return tuple(merged)
 
     def masked_gradients(
@@ -207,6 +221,11 @@ class Stack(nn.Module):
 
     def _rows(self, column: int) -> Tensor:
         return self.storage.rows(column).to(self.compute_dtype)
+
+    def _types(self, column: int) -> tuple[torch.dtype, ...]:
+        """Types through which a merged tensor goes: that of the base, and maybe that of autocast."""
+        own, other = self.layout.dtypes[column], self.types.get(self.names[column])
+        return (own,) if other is None or own == torch.float64 else (own, other)
 
     def _shaped(self, column: int, flat: Tensor) -> Tensor:
         """Give a merged tensor its dtype and shape."""
@@ -265,12 +284,70 @@ def _check_names(found: Iterable[str], expected: Iterable[str]) -> None:
         raise MergeError(f"transform: changed the names of the tensors: {changed}")
 
 
+class WayBack:
+    """The way from gradients of merged tensors to those of what they were contracted from, beside autograd's.
+
+    Autograd hands on gradients of all tensors at once, in the tensors' own types. Here they may come one by one, each
+    dropped as soon as it has been used, and in wider types, such as sums over several passes of a network.
+
+    Args:
+        stack: What was contracted.
+        coefficients: ``(T, L)``, with what they were made of.
+        mask: The mask, likewise.
+
+    Attributes:
+        inputs: What the gradients are of in the end: coefficients, and the mask's logits.
+    """
+
+    def __init__(self, stack: Stack, coefficients: Tensor, mask: Mask | None = None) -> None:
+        self.stack, self.mask = stack, mask
+        self.inputs = (coefficients, *(() if mask is None else mask.logits))
+        self._products: Tensor | None = None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether :meth:`take` may be called: tensors are at hand in any order, on this rank alone."""
+        return self.mask is None and self.stack.storage.views
+
+    def take(self, column: int, gradient: Tensor) -> None:
+        """Use the gradient of one tensor.
+
+        Args:
+            column: Number of the tensor.
+            gradient: ``(*shape)``, in any type.
+        """
+        if self._products is None:
+            self._products = self.stack._no_products()
+        with torch.no_grad(), torch.autocast(self.stack.device.type, enabled=False):
+            block = self.stack.storage.block(column)
+            self._products[:, column] += self.stack._products(block, gradient)
+
+    def finish(self, gradients: Mapping[int, Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+        """Return the gradients of :attr:`inputs`.
+
+        Args:
+            gradients: Of the tensors that were not taken by number, ``(*shape)`` in any types.
+            wanted: For each of the inputs, whether its gradient is asked for.
+        """
+        given = [gradients.get(column) for column in range(len(self.stack.names))]
+        with torch.no_grad(), torch.autocast(self.stack.device.type, enabled=False):
+            if self.mask is not None:
+                inputs, mask = self.inputs[0].detach(), self.mask.detach()
+                return list(self.stack.masked_gradients(inputs, mask, given, wanted))
+            taken, self._products = self._products, None
+            if taken is not None and not gradients:
+                return [taken]
+            rest = self.stack.inner_products(given)
+            return [rest if taken is None else rest + taken]
+
+
 class _Contract(torch.autograd.Function):
     """Linear in the coefficients, so nothing but the bank itself is needed for the gradient."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, stack: Stack) -> tuple[Tensor, ...]:  # noqa: ANN401
         ctx.stack = stack
+        ctx.way_back = WayBack(stack, coefficients)  # beside `backward`, for callers that have the gradients
         ctx.set_materialize_grads(False)
         return stack.combine(coefficients)
 
@@ -289,6 +366,7 @@ class _MaskedContract(torch.autograd.Function):
         ctx: Any, coefficients: Tensor, stack: Stack, recipe: Callable[..., Tensor], *logits: Tensor  # noqa: ANN401
     ) -> tuple[Tensor, ...]:  # fmt: skip
         ctx.stack, ctx.recipe = stack, recipe
+        ctx.way_back = WayBack(stack, coefficients, Mask(recipe, logits))
         ctx.save_for_backward(coefficients, *logits)
         ctx.set_materialize_grads(False)
         return stack.combine_masked(coefficients, Mask(recipe, logits))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
@@ -231,6 +232,27 @@ class TaskVectors(nn.Module):
             if logits.shape != (len(self._weights),):
                 raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
         return self._weights.contract(values, mask)
+
+    @contextmanager
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> Iterator[None]:
+        """Let :meth:`contract` return some tensors in other types than the base's, rounded once at the end.
+
+        For weights that autocast would cast in every layer: they are made in its type at once. Sums over tasks, and
+        over entries on the way back, are in :attr:`compute_dtype` as ever.
+
+        Args:
+            types: Types by name; float64 tensors stay as they are, as autocast leaves them.
+
+        >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
+        >>> with bank.contracting_to({"w": torch.bfloat16}):
+        ...     bank.contract(0.25)["w"]
+        tensor([0.2500, 0.2500], dtype=torch.bfloat16)
+        """
+        self._weights.types, before = dict(types), self._weights.types
+        try:
+            yield
+        finally:
+            self._weights.types = before
 
     def pull_back(
         self,
