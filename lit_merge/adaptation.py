@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.evaluation import EvaluationSteps
+from lit_merge.functional.activation_memory import bytes_per_image
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
 from lit_merge.objectives import Objective, TaskOutput
 from lit_merge.perturbations import UniversalPerturbations
@@ -45,15 +46,18 @@ class AdaptationSteps(EvaluationSteps):
     Attributes:
         objective: Loss of each task.
         perturbations: Universal perturbations of the tasks' images, if the objective or the method has them.
-        max_images: Images per encoder pass.
+        max_images: Images per encoder pass, or ``auto``.
+        activation_budget: Bytes for what a pass keeps for its way back, if ``max_images`` is ``auto``.
     """
 
     skeleton: Skeleton
     objective: Objective
     perturbations: UniversalPerturbations | None
-    max_images: int | None
+    max_images: int | Literal["auto"] | None
+    activation_budget: int
     teachers: TeacherCache
     _hands_on = True  # whether the rule returns what the bank contracts as it is
+    _image_bytes: dict[object, int]
 
     @abstractmethod
     def merge(self, bank: Any) -> dict[str, Tensor]:  # noqa: ANN401 - said by MergeModule
@@ -77,8 +81,10 @@ class AdaptationSteps(EvaluationSteps):
         weights = leaves(merged)
         outputs: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
-        found = self._chunk_losses(self.complete(weights), batch, outputs, losses)
-        loss = leaf_loss(merged, weights, found, self._loss_scale(), len(chunks(batch, self.max_images)))
+        state = self.complete(weights)
+        count = len(self.groups(state, batch))
+        found = self._chunk_losses(state, batch, outputs, losses)
+        loss = leaf_loss(merged, weights, found, self._loss_scale(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
         index = {task: batch[task].index[: len(logits)] for task, logits in outputs.items()}
@@ -102,7 +108,7 @@ class AdaptationSteps(EvaluationSteps):
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
     ) -> Iterator[Tensor]:
         """Sum of the losses of each chunk; logits and single losses are noted on the way."""
-        for chunk in chunks(batch, self.max_images):
+        for chunk in self.groups(state, batch):
             found = self.all_outputs(state, {task: batch[task].images for task in chunk})
             shaken = self.perturbed(state, batch, {task: logits.detach() for task, (_, logits) in found.items()})
             total: list[Tensor] = []
@@ -115,6 +121,34 @@ class AdaptationSteps(EvaluationSteps):
                 losses[task] = loss.detach()
                 outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
             yield torch.stack(total).sum()
+
+    def groups(self, state: Mapping[str, Tensor], batch: Batches) -> list[list[str]]:
+        """Say which tasks go through the encoder together: up to :attr:`max_images`, or as many as memory is meant for.
+
+        What an image takes is measured once, with one of its shape; all ranks find the same.
+
+        Args:
+            state: Complete state dict.
+            batch: Images of all tasks.
+        """
+        if self.max_images != "auto":
+            return chunks(batch, self.max_images)
+        most = {}
+        for task, part in batch.items():
+            shape = part.images.shape[1:]
+            if shape not in most:
+                most[shape] = max(1, self.activation_budget // self._bytes_per_image(state, task, part.images[:1]))
+        return chunks(batch, most)
+
+    def _bytes_per_image(self, state: Mapping[str, Tensor], task: str, image: Tensor) -> int:
+        kind = self.device.type
+        key = (image.shape, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        if key not in self._image_bytes:
+            still = {n: x.detach().requires_grad_(n not in self.skeleton.buffers_of) for n, x in state.items()}
+            found = bytes_per_image(lambda images: self.head(task)(self.skeleton(still, images)), image)
+            again = self.perturbations is not None and self.objective.ascent is not None
+            self._image_bytes[key] = found * (2 if again else 1)  # the same images go once more, perturbed
+        return self._image_bytes[key]
 
     def perturbed(
         self, state: Mapping[str, Tensor], batch: Batches, logits: Mapping[str, Tensor]
@@ -179,8 +213,10 @@ class AdaptationSteps(EvaluationSteps):
         return {task: (part, self.head(task)(part)) for task, part in zip(images, parts, strict=True)}
 
 
-def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:
-    """Group tasks whose images have the same shape, up to ``most`` images a group.
+def chunks(
+    batch: Mapping[str, UnlabelledBatch], most: int | Mapping[torch.Size, int] | None
+) -> list[list[str]]:
+    """Group tasks whose images have the same shape, up to ``most`` images a group, or up to those of their shape.
 
     All ranks group alike, as those that climb together must: a rank with an image less counts the others' number, which
     follows from its share.
@@ -195,7 +231,8 @@ def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[
         images = part.images
         same = groups and batch[groups[-1][0]].images.shape[1:] == images.shape[1:]
         count = ceil(len(images) / part.share - 1e-6) if part.share else len(images)  # the largest of any rank
-        if not same or (most is not None and size + count > most):
+        limit = most[images.shape[1:]] if isinstance(most, Mapping) else most
+        if not same or (limit is not None and size + count > limit):
             groups.append([])
             size = 0
         groups[-1].append(task)

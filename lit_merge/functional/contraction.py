@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lit_merge.functional import contraction_cuda
+
 __all__ = ("inner_products", "weighted_sum")
 
 _BLOCK = 2**16  # entries that are converted at once, so that they stay in the cache; a divisor of a streamed piece
@@ -26,12 +28,16 @@ def weighted_sum(
     >>> weighted_sum(torch.tensor([[1.0, 2.0], [3.0, -2.0]]), torch.tensor([1.0, 0.5]), torch.ones(2))
     tensor([3.5000, 2.0000])
     """
+    end = types[-1] if types else weights.dtype
+    direct = {*types} <= {end, weights.dtype}  # rounded once
+    if direct and contraction_cuda.usable(rows, weights.dtype, end, *([] if base is None else [base.dtype])):
+        return contraction_cuda.weighted_sum(rows, weights, base, end)
     same = all(dtype == weights.dtype for dtype in types)
     if rows.device.type != "cpu" or (rows.dtype == weights.dtype and same):
         wide = rows.to(weights.dtype)
         found = wide.T.mv(weights) if base is None else torch.addmv(base, wide.T, weights)
         return _through(found, types)
-    result = torch.empty(rows.shape[1], dtype=types[-1] if types else weights.dtype)
+    result = torch.empty(rows.shape[1], dtype=end)
     room = torch.empty(min(rows.shape[1], _BLOCK), dtype=weights.dtype)
     for part, wide in _widened(rows, weights.dtype):
         one = result[part] if same else room[: wide.shape[1]]
@@ -56,6 +62,8 @@ def inner_products(rows: Tensor, vector: Tensor, dtype: torch.dtype | None = Non
     tensor([3., 1.])
     """
     dtype = dtype or vector.dtype
+    if dtype == torch.float32 and contraction_cuda.usable(rows, vector.dtype):
+        return contraction_cuda.inner_products(rows, vector)
     if rows.device.type != "cpu" or rows.dtype == vector.dtype == dtype:
         return rows.to(dtype).mv(vector.to(dtype))
     result = torch.zeros(len(rows), dtype=dtype)

@@ -197,7 +197,7 @@ def test_one_over_tasks_is_the_average() -> None:
         ({"bounds": (1.0, 0.0)}, "bounds: expected lowest < highest"),
         ({"bounds": (0.0, 1.0), "softmax": True}, "exclude each other"),
         ({"buffers": "mean"}, "model.buffers: expected average, base or recalibrate, found 'mean'"),
-        ({"max_images": 0}, "model.max_images: expected at least 1, found 0"),
+        ({"max_images": 0}, "model.max_images: expected auto, null or at least 1, found 0"),
     ],
 )
 def test_names_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
