@@ -75,3 +75,25 @@ def test_kernels_under_tritons_interpreter() -> None:
     settings = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(contraction.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", KERNELS], env=settings, capture_output=True, text=True, check=False)
     assert done.stdout == "as the plain products\n", done.stderr
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lit_merge.functional import contraction_cuda as kernels
+
+    sizes = dict.fromkeys(("tasks", "size", "stride"), "i32")
+    fixed = dict.fromkeys(("has_base", "block"), "constexpr")
+    floats = dict.fromkeys(("weights", "base"), "*fp32")
+    target = GPUTarget("cuda", 90, 32)
+    first = {"rows": "*bf16", **floats, "result": "*bf16", **sizes, **fixed}
+    second = {"rows": "*bf16", "vector": "*bf16", "parts": "*fp32", **sizes, "parts_stride": "i32", "block": "constexpr"}
+    for kernel, types, values in (
+        (kernels._sum, first, {"has_base": True, "block": 1024}),
+        (kernels._products, second, {"block": 1024}),
+    ):
+        assert "ptx" in compile(ASTSource(kernel, types, values), target=target).asm
