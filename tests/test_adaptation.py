@@ -67,7 +67,7 @@ def test_as_many_images_as_the_budget_is_enough_for() -> None:
     (each,) = auto._image_bytes.values()
     assert len(kept) == 2 * -(-20 // (budget // each // 4 * 4))
     assert max(kept) <= budget + weights
-    assert everything - weights <= 20 * each <= everything
+    assert 20 * each == pytest.approx(everything - weights, rel=0.05)  # heads differ in size
     torch.testing.assert_close(auto.coefficients, together.coefficients, rtol=1e-5, atol=1e-6)
     assert len(_fitted(suite, max_images="auto")[1]) == 2  # the default is plenty
     assert len(_fitted(suite, max_images="auto", activation_budget=1)[1]) == 10  # a task is not split
