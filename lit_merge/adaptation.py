@@ -213,9 +213,7 @@ class AdaptationSteps(EvaluationSteps):
         return {task: (part, self.head(task)(part)) for task, part in zip(images, parts, strict=True)}
 
 
-def chunks(
-    batch: Mapping[str, UnlabelledBatch], most: int | Mapping[torch.Size, int] | None
-) -> list[list[str]]:
+def chunks(batch: Mapping[str, UnlabelledBatch], most: int | Mapping[torch.Size, int] | None) -> list[list[str]]:
     """Group tasks whose images have the same shape, up to ``most`` images a group, or up to those of their shape.
 
     All ranks group alike, as those that climb together must: a rank with an image less counts the others' number, which

@@ -17,7 +17,7 @@ class Turns:
     def wait(self) -> None:
         pass
 
-    def answer(self, seconds: float) -> None:
+    def answer(self, seconds: float, cpu: float) -> None:
         self.times.append(seconds)
 
 

@@ -55,7 +55,9 @@ def adapted(module: Any, suite: ToySuite, monkeypatch: pytest.MonkeyPatch) -> tu
 
 @pytest.mark.parametrize("kind", ["vit", "cnn", "tied"])
 @pytest.mark.parametrize("limit", [None, 4])
-def test_same_logits_as_with_autocasts_own_casts(kind: Kind, limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_logits_as_with_autocasts_own_casts(
+    kind: Kind, limit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     suite = ToySuite(kind)
     module = AdaMerging(suite=suite, max_images=limit)
     found, types = adapted(module, suite, monkeypatch)

@@ -53,7 +53,7 @@ class Turn(Protocol):
     """How a row waits for its turn, and says how long a step took."""
 
     def wait(self) -> None: ...
-    def answer(self, seconds: float) -> None: ...
+    def answer(self, seconds: float, cpu: float) -> None: ...
 
 
 class Values(Mapping[str, Tensor]):
@@ -141,14 +141,14 @@ class Step:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the largest resident set begins anew
-        self._start = time.perf_counter()
+        self._start, self._cpu = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = time.perf_counter() - self._start
+        seconds, cpu = time.perf_counter() - self._start, time.process_time() - self._cpu
         self.peak = max(self.peak, torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM") - self.before)
-        self.turn.answer(seconds)
+        self.turn.answer(seconds, cpu)
 
 
 class Watch(L.Callback):
@@ -325,8 +325,8 @@ class Pipe:
     def wait(self) -> None:
         sys.stdin.readline()
 
-    def answer(self, seconds: float) -> None:
-        self.say({"seconds": seconds})
+    def answer(self, seconds: float, cpu: float) -> None:
+        self.say({"seconds": seconds, "cpu": cpu})
 
     def say(self, found: dict[str, Any]) -> None:
         print(json.dumps(found), file=self.out, flush=True)

@@ -12,7 +12,8 @@ Rows, each in a process of its own, on networks of random weights and images tha
   a backward pass of its own through the retained graph of the merge.
 
 The processes take turns step by step, so that all rows see the same noise of the machine; ratios are medians over
-turns. Memory is measured in further processes, one after the other: on a CPU the largest resident set during a step
+turns, also of the time of all threads of a process, which tells more on a machine that others use (with ``--threads 1``:
+waiting threads spin). Memory is measured in further processes, one after the other: on a CPU the largest resident set during a step
 beyond that before the networks were read, with an allocator that gives freed memory back (glibc's, told to map every
 tensor); on CUDA what the allocator says. It is in units of one network in float32: the whole peak, and the peak less
 the floor's activations, which are the floor's peak less its weights and gradients. Bandwidth is that of the two
@@ -43,7 +44,7 @@ class Worker:
     """One row in a process of its own."""
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.times = plan, list[float]()
+        self.plan, self.times, self.cpu = plan, list[float](), list[float]()
         settings = os.environ | {"OMP_NUM_THREADS": str(plan.threads)}
         if plan.memory:
             settings["MALLOC_MMAP_THRESHOLD_"] = "65536"
@@ -54,7 +55,9 @@ class Worker:
     def step(self) -> None:
         assert self._process.stdin is not None
         print("go", file=self._process.stdin, flush=True)
-        self.times.append(self._answer()["seconds"])
+        found = self._answer()
+        self.times.append(found["seconds"])
+        self.cpu.append(found["cpu"])
 
     def finish(self) -> dict[str, Any]:
         found = self._answer()
@@ -75,7 +78,10 @@ def together(plans: dict[str, Plan]) -> dict[str, dict[str, Any]]:
     for _ in range(next(iter(plans.values())).steps):
         for worker in workers.values():
             worker.step()
-    return {name: {"seconds": worker.times[1:], **worker.finish()} for name, worker in workers.items()}
+    return {
+        name: {"seconds": worker.times[1:], "cpu": worker.cpu[1:], **worker.finish()}
+        for name, worker in workers.items()
+    }
 
 
 def measure(plan: Plan, rows: tuple[str, ...], memory: bool = True) -> dict[str, dict[str, Any]]:
@@ -87,9 +93,9 @@ def measure(plan: Plan, rows: tuple[str, ...], memory: bool = True) -> dict[str,
     return found
 
 
-def ratio(of: dict[str, Any], to: dict[str, Any]) -> float:
+def ratio(of: dict[str, Any], to: dict[str, Any], what: str = "seconds") -> float:
     """Median of the ratios of the turns."""
-    return median(a / b for a, b in zip(of["seconds"], to["seconds"], strict=True))
+    return median(a / b for a, b in zip(of[what], to[what], strict=True))
 
 
 def table(found: dict[str, dict[str, Any]], plan: Plan) -> str:
@@ -98,14 +104,15 @@ def table(found: dict[str, dict[str, Any]], plan: Plan) -> str:
     network = floor["network"]
     activations = floor["peak"] - 2 * network
     lines = [
-        "| row | median, s | least, s | × floor | peak, networks | without the floor's activations |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| row | median, s | least, s | × floor | CPU × floor | peak, networks | without the floor's activations |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row, of in found.items():
         peak, rest = (of["peak"] / network, (of["peak"] - activations) / network)
         seconds = of["seconds"]
         lines.append(
-            f"| {row} | {median(seconds):.3f} | {min(seconds):.3f} | {ratio(of, floor):.3f} | {peak:.2f} | {rest:.2f} |"
+            f"| {row} | {median(seconds):.3f} | {min(seconds):.3f} | {ratio(of, floor):.3f} | "
+            f"{ratio(of, floor, 'cpu'):.3f} | {peak:.2f} | {rest:.2f} |"
         )
     bytes_ = 2 if plan.storage_dtype != "float32" else 4
     bound = plan.tasks + 1 + 2.5 if bytes_ == 4 else (plan.tasks + 1) / 2 + 2.5

@@ -91,7 +91,14 @@ def test_kernels_compile_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     floats = dict.fromkeys(("weights", "base"), "*fp32")
     target = GPUTarget("cuda", 90, 32)
     first = {"rows": "*bf16", **floats, "result": "*bf16", **sizes, **fixed}
-    second = {"rows": "*bf16", "vector": "*bf16", "parts": "*fp32", **sizes, "parts_stride": "i32", "block": "constexpr"}
+    second = {
+        "rows": "*bf16",
+        "vector": "*bf16",
+        "parts": "*fp32",
+        **sizes,
+        "parts_stride": "i32",
+        "block": "constexpr",
+    }
     for kernel, types, values in (
         (kernels._sum, first, {"has_base": True, "block": 1024}),
         (kernels._products, second, {"block": 1024}),
