@@ -82,7 +82,7 @@ class AdaptationSteps(EvaluationSteps):
         outputs: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
         state = self.complete(weights)
-        count = len(self.groups(state, batch))
+        count = len(self.passes(state, batch))
         found = self._chunk_losses(state, batch, outputs, losses)
         loss = leaf_loss(merged, weights, found, self._loss_scale(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
@@ -91,7 +91,7 @@ class AdaptationSteps(EvaluationSteps):
         return {"loss": loss, "logits": outputs, "index": index}
 
     def _merged_to_adapt(self) -> dict[str, Tensor]:
-        """Merge; what autocast would cast in every layer and pass is made in its type, if the rule hands it on as it is.
+        """Merge; what autocast would cast in every layer is made in its type, if the rule hands it on as it is.
 
         A rule that goes on computing with what the bank contracts would do so in half precision; it is asked again.
         """
@@ -108,7 +108,7 @@ class AdaptationSteps(EvaluationSteps):
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
     ) -> Iterator[Tensor]:
         """Sum of the losses of each chunk; logits and single losses are noted on the way."""
-        for chunk in self.groups(state, batch):
+        for chunk in self.passes(state, batch):
             found = self.all_outputs(state, {task: batch[task].images for task in chunk})
             shaken = self.perturbed(state, batch, {task: logits.detach() for task, (_, logits) in found.items()})
             total: list[Tensor] = []
@@ -122,7 +122,7 @@ class AdaptationSteps(EvaluationSteps):
                 outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
             yield torch.stack(total).sum()
 
-    def groups(self, state: Mapping[str, Tensor], batch: Batches) -> list[list[str]]:
+    def passes(self, state: Mapping[str, Tensor], batch: Batches) -> list[list[str]]:
         """Say which tasks go through the encoder together: up to :attr:`max_images`, or as many as memory is meant for.
 
         What an image takes is measured once, with one of its shape; all ranks find the same.

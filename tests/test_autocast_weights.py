@@ -13,6 +13,7 @@ from lit_merge import AdaMerging, MergeTrainer
 from lit_merge.autocast_weights import AutocastWeights
 from lit_merge.data import UnlabelledBatch
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
+from lit_merge.functional.masked import Mask
 from lit_merge.methods import ConcreteMerging
 from lit_merge.skeleton import Skeleton
 from lit_merge.task_vectors import TaskVectors
@@ -100,7 +101,8 @@ class Odd(nn.Module):
         x = self.norm(self.plain(x) + self.places(torch.arange(4))) @ self.read.weight
         with torch.autocast("cpu", enabled=False):
             x = self.apart(x.float())
-        return self.head(self.attention(x, x, x, need_weights=False)[0]).mean(1)
+        features: Tensor = self.head(self.attention(x, x, x, need_weights=False)[0]).mean(1)
+        return features
 
 
 def test_only_what_autocast_casts_whole_and_always() -> None:
@@ -140,3 +142,17 @@ def test_sums_over_chunks_are_in_single_precision() -> None:
     loss.backward()
     assert coefficients.grad is not None
     assert coefficients.grad.item() == 258 * 3  # in bfloat16, 256 + 1 is 256
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_loss_scale_is_taken_off_in_single_precision(masked: bool) -> None:
+    bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.tensor([1.0, 2.0])}})
+    coefficients = torch.ones(1, 1, requires_grad=True)
+    mask = Mask(lambda number, x: x, (torch.ones(2),)) if masked else None
+    with bank.contracting_to({"w": torch.float16}):
+        merged = bank.contract(coefficients, mask)
+    w = leaves(merged)
+    assert w["w"].dtype == torch.float16
+    leaf_loss(merged, w, [1e-7 * w["w"].float().sum()], scale=2.0**16).backward()
+    assert coefficients.grad is not None
+    assert coefficients.grad.item() == pytest.approx(3e-7, rel=1e-3)  # 1e-7 is one of float16's last numbers

@@ -196,7 +196,7 @@ def _module(suite: RandomSuite) -> AdaMerging:
     plan = suite.plan
     return AdaMerging(
         suite=suite, granularity=plan.granularity, objective=OBJECTIVES[plan.objective](),  # type: ignore[arg-type]
-        max_images=plan.max_images, storage_dtype=plan.storage_dtype,  # type: ignore[arg-type]
+        max_images=plan.max_images, storage_dtype=plan.storage_dtype,
     )  # fmt: skip
 
 

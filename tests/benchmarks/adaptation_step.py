@@ -12,13 +12,13 @@ Rows, each in a process of its own, on networks of random weights and images tha
   a backward pass of its own through the retained graph of the merge.
 
 The processes take turns step by step, so that all rows see the same noise of the machine; ratios are medians over
-turns, also of the time of all threads of a process, which tells more on a machine that others use (with ``--threads 1``:
-waiting threads spin). Memory is measured in further processes, one after the other: on a CPU the largest resident set during a step
-beyond that before the networks were read, with an allocator that gives freed memory back (glibc's, told to map every
-tensor); on CUDA what the allocator says. It is in units of one network in float32: the whole peak, and the peak less
-the floor's activations, which are the floor's peak less its weights and gradients. Bandwidth is that of the two
-products with the bank (bytes of task vectors, base, merged weights or gradients over the time), and its share of that
-of a copy in the same memory.
+turns. So is that of the time of all threads of a process, which tells more on a machine that others use (with
+``--threads 1``: waiting threads spin). Memory is measured in further processes, one after the other: on a CPU the
+largest resident set during a step beyond that before the networks were read, with an allocator that gives freed memory
+back (glibc's, told to map every tensor); on CUDA what the allocator says. It is in units of one network in float32: the
+whole peak, and the peak less the floor's activations, which are the floor's peak less its weights and gradients.
+Bandwidth is that of the two products with the bank (bytes of task vectors, base, merged weights or gradients over the
+time), and its share of that of a copy in the same memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from _adaptation_rows import OBJECTIVES, ROWS, Pipe, Plan, run
+from _adaptation_rows import OBJECTIVES, ROWS, Pipe, Plan, run  # type: ignore[import-not-found]
 
 SWEEP = (2, 4, 8, 16, 20)
 
@@ -95,7 +95,7 @@ def measure(plan: Plan, rows: tuple[str, ...], memory: bool = True) -> dict[str,
 
 def ratio(of: dict[str, Any], to: dict[str, Any], what: str = "seconds") -> float:
     """Median of the ratios of the turns."""
-    return median(a / b for a, b in zip(of[what], to[what], strict=True))
+    return float(median(a / b for a, b in zip(of[what], to[what], strict=True)))
 
 
 def table(found: dict[str, dict[str, Any]], plan: Plan) -> str:
