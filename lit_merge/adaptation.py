@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_merge.autocast_weights import autocast_type
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
 from lit_merge.evaluation import EvaluationSteps
@@ -141,8 +142,7 @@ class AdaptationSteps(EvaluationSteps):
         return chunks(batch, most)
 
     def _bytes_per_image(self, state: Mapping[str, Tensor], task: str, image: Tensor) -> int:
-        kind = self.device.type
-        key = (image.shape, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None)
+        key = (image.shape, autocast_type(self.device))
         if key not in self._image_bytes:
             still = {n: x.detach().requires_grad_(n not in self.skeleton.buffers_of) for n, x in state.items()}
             found = bytes_per_image(lambda images: self.head(task)(self.skeleton(still, images)), image)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ("AutocastWeights",)
+__all__ = ("AutocastWeights", "autocast_type")
 
 _LAYER = ("weight", "bias")
 _ATTENTION = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -52,7 +52,7 @@ class AutocastWeights:
             tied: Second names of tied weights.
             device: Of the images.
         """
-        if self.names is not None or not torch.is_autocast_enabled(device.type):
+        if self.names is not None or autocast_type(device) is None:
             yield
             return
         within: dict[nn.Module, bool] = {}
@@ -82,9 +82,20 @@ class AutocastWeights:
         Args:
             device: Where the network runs.
         """
-        if self.names is None or not torch.is_autocast_enabled(device.type):
-            return {}
-        return dict.fromkeys(self.names, torch.get_autocast_dtype(device.type))
+        dtype = autocast_type(device)
+        return {} if self.names is None or dtype is None else dict.fromkeys(self.names, dtype)
+
+
+def autocast_type(device: torch.device) -> torch.dtype | None:
+    """Return the type that autocast casts to on a device; nothing where it is switched off.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     autocast_type(torch.device("cpu"))
+    torch.bfloat16
+    """
+    kind = device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else None
 
 
 def _cast_leaves(module: nn.Module) -> tuple[str, ...]:
