@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lit_merge.contract import contract
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
 from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
@@ -135,13 +136,24 @@ class Stack(nn.Module):
         new._use(self.storage.replaced(checked()))
         return new
 
+    @contextmanager
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> Iterator[None]:
+        """Let :meth:`contract` return some tensors in other types; see :meth:`lit_merge.TaskVectors.contracting_to`.
+
+        >>> stack = Stack(["w"], {"w": torch.ones(2)}, 1)
+        >>> with stack.contracting_to({"w": torch.bfloat16}):
+        ...     stack.contract(torch.zeros(1, 1))["w"].dtype
+        torch.bfloat16
+        """
+        self.types, before = dict(types), self.types
+        try:
+            yield
+        finally:
+            self.types = before
+
     def contract(self, coefficients: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
         """Merge with coefficients ``(T, L)`` and a mask; see :meth:`lit_merge.TaskVectors.contract`."""
-        with torch.autocast(self.device.type, enabled=False):  # coefficient arithmetic is never in half precision
-            if mask is None:
-                return dict(zip(self.names, _Contract.apply(coefficients, self), strict=True))
-            merged = _MaskedContract.apply(coefficients, self, mask.recipe, *mask.logits)
-            return dict(zip(self.names, merged, strict=True))
+        return dict(zip(self.names, contract(coefficients, self, mask), strict=True))
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""
@@ -152,17 +164,19 @@ class Stack(nn.Module):
 
     def inner_products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Backward half of :meth:`contract`: ⟨dL/dθ_l, τ_{t,l}⟩ as ``(T, L)``, one pass over the bank."""
-        result = self._no_products()
+        result = self.no_products()
         for column, block in self._walk(gradients):
             gradient = gradients[column]
             assert gradient is not None
-            result[:, column] = self._products(block, gradient)
+            result[:, column] = self.products(block, gradient)
         return self.storage.total(result)
 
-    def _no_products(self) -> Tensor:
+    def no_products(self) -> Tensor:
+        """Return zeros ``(T, L)`` to put inner products into."""
         return torch.zeros(self.storage.tasks, len(self.names), dtype=self.compute_dtype, device=self.device)
 
-    def _products(self, block: Block, gradient: Tensor) -> Tensor:
+    def products(self, block: Block, gradient: Tensor) -> Tensor:
+        """Return the inner products ``(T,)`` of one tensor's differences with a gradient ``(*shape)`` of any type."""
         return block.products(gradient.flatten() if block.widens else gradient.flatten().to(self.compute_dtype))
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
@@ -282,101 +296,3 @@ class StackPieces:
 def _check_names(found: Iterable[str], expected: Iterable[str]) -> None:
     if changed := sorted(set(found) ^ set(expected)):
         raise MergeError(f"transform: changed the names of the tensors: {changed}")
-
-
-class WayBack:
-    """The way from gradients of merged tensors to those of what they were contracted from, beside autograd's.
-
-    Autograd hands on gradients of all tensors at once, in the tensors' own types. Here they may come one by one, each
-    dropped as soon as it has been used, and in wider types, such as sums over several passes of a network.
-
-    Args:
-        stack: What was contracted.
-        coefficients: ``(T, L)``, with what they were made of.
-        mask: The mask, likewise.
-
-    Attributes:
-        inputs: What the gradients are of in the end: coefficients, and the mask's logits.
-    """
-
-    def __init__(self, stack: Stack, coefficients: Tensor, mask: Mask | None = None) -> None:
-        self.stack, self.mask = stack, mask
-        self.inputs = (coefficients, *(() if mask is None else mask.logits))
-        self._products: Tensor | None = None
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether :meth:`take` may be called: tensors are at hand in any order, on this rank alone."""
-        return self.mask is None and self.stack.storage.views
-
-    def take(self, column: int, gradient: Tensor) -> None:
-        """Use the gradient of one tensor.
-
-        Args:
-            column: Number of the tensor.
-            gradient: ``(*shape)``, in any type.
-        """
-        if self._products is None:
-            self._products = self.stack._no_products()
-        with torch.no_grad(), torch.autocast(self.stack.device.type, enabled=False):
-            block = self.stack.storage.block(column)
-            self._products[:, column] += self.stack._products(block, gradient)
-
-    def finish(self, gradients: Mapping[int, Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-        """Return the gradients of :attr:`inputs`.
-
-        Args:
-            gradients: Of the tensors that were not taken by number, ``(*shape)`` in any types.
-            wanted: For each of the inputs, whether its gradient is asked for.
-        """
-        given = [gradients.get(column) for column in range(len(self.stack.names))]
-        with torch.no_grad(), torch.autocast(self.stack.device.type, enabled=False):
-            if self.mask is not None:
-                inputs, mask = self.inputs[0].detach(), self.mask.detach()
-                return list(self.stack.masked_gradients(inputs, mask, given, wanted))
-            taken, self._products = self._products, None
-            if taken is not None and not gradients:
-                return [taken]
-            rest = self.stack.inner_products(given)
-            return [rest if taken is None else rest + taken]
-
-
-class _Contract(torch.autograd.Function):
-    """Linear in the coefficients, so nothing but the bank itself is needed for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, stack: Stack) -> tuple[Tensor, ...]:  # noqa: ANN401
-        ctx.stack = stack
-        ctx.way_back = WayBack(stack, coefficients)  # beside `backward`, for callers that have the gradients
-        ctx.set_materialize_grads(False)
-        return stack.combine(coefficients)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401
-        with torch.autocast(ctx.stack.device.type, enabled=False):
-            return ctx.stack.inner_products(gradients), None
-
-
-class _MaskedContract(torch.autograd.Function):
-    """Saves coefficients and logits only: mask and offset are cheaper to make again than to keep."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, stack: Stack, recipe: Callable[..., Tensor], *logits: Tensor  # noqa: ANN401
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.stack, ctx.recipe = stack, recipe
-        ctx.way_back = WayBack(stack, coefficients, Mask(recipe, logits))
-        ctx.save_for_backward(coefficients, *logits)
-        ctx.set_materialize_grads(False)
-        return stack.combine_masked(coefficients, Mask(recipe, logits))
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        coefficients, *logits = ctx.saved_tensors
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        mask = Mask(ctx.recipe, tuple(logits))
-        with torch.autocast(ctx.stack.device.type, enabled=False):
-            products, *slopes = ctx.stack.masked_gradients(coefficients, mask, gradients, wanted)
-        return products, None, None, *slopes

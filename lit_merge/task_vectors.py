@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, Self, get_args
 
@@ -233,26 +233,15 @@ class TaskVectors(nn.Module):
                 raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
         return self._weights.contract(values, mask)
 
-    @contextmanager
-    def contracting_to(self, types: Mapping[str, torch.dtype]) -> Iterator[None]:
-        """Let :meth:`contract` return some tensors in other types than the base's, rounded once at the end.
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> AbstractContextManager[None]:
+        """Let :meth:`contract` round some tensors to other types than the base's, once, for a while.
 
-        For weights that autocast would cast in every layer: they are made in its type at once. Sums over tasks, and
-        over entries on the way back, are in :attr:`compute_dtype` as ever.
+        For weights that autocast would cast in every layer. Sums are in :attr:`compute_dtype` as ever.
 
         Args:
             types: Types by name; float64 tensors stay as they are, as autocast leaves them.
-
-        >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
-        >>> with bank.contracting_to({"w": torch.bfloat16}):
-        ...     bank.contract(0.25)["w"]
-        tensor([0.2500, 0.2500], dtype=torch.bfloat16)
         """
-        self._weights.types, before = dict(types), self._weights.types
-        try:
-            yield
-        finally:
-            self._weights.types = before
+        return self._weights.contracting_to(types)
 
     def pull_back(
         self,
