@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lit_merge.autocast_weights import autocast_type
 from lit_merge.block_steps import BlockSteps
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
+from lit_merge.functional.activation_memory import bytes_per_image
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
 from lit_merge.lazy_weights import detached
 from lit_merge.objectives import Objective, TaskOutput
@@ -46,14 +48,18 @@ class AdaptationSteps(BlockSteps):
     Attributes:
         objective: Loss of each task.
         perturbations: Universal perturbations of the tasks' images, if the objective or the method has them.
-        max_images: Images per encoder pass.
+        max_images: Images per encoder pass, or ``auto``.
+        activation_budget: Bytes for what a pass keeps for its way back, if ``max_images`` is ``auto``.
     """
 
     skeleton: Skeleton
     objective: Objective
     perturbations: UniversalPerturbations | None
-    max_images: int | None
+    max_images: int | Literal["auto"] | None
+    activation_budget: int
     teachers: TeacherCache
+    _hands_on = True  # whether the rule returns what the bank contracts as it is
+    _image_bytes: dict[object, int]
 
     @abstractmethod
     def complete(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,6 +68,19 @@ class AdaptationSteps(BlockSteps):
     @abstractmethod
     def head(self, task: str) -> nn.Module:
         """Return the frozen head of a task."""
+
+    def use_passes(self, max_images: int | Literal["auto"] | None, activation_budget: int) -> None:
+        """Set :attr:`max_images` and :attr:`activation_budget`.
+
+        Raises:
+            MergeError: One of them is out of range.
+        """
+        if max_images not in (None, "auto") and (isinstance(max_images, str) or max_images < 1):
+            raise MergeError(f"model.max_images: expected auto, null or at least 1, found {max_images}")
+        if activation_budget < 1:
+            raise MergeError(f"model.activation_budget: expected at least 1 byte, found {activation_budget}")
+        self.max_images, self.activation_budget = max_images, activation_budget
+        self._image_bytes = {}
 
     def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
         """Take the loss of one unlabelled batch of every task; the losses of the tasks are summed.
@@ -73,18 +92,37 @@ class AdaptationSteps(BlockSteps):
         weights = leaves(merged)
         outputs: dict[str, Tensor] = {}
         losses: dict[str, Tensor] = {}
-        scale = self._loss_scale()
-        loss = leaf_loss(merged, weights, self._chunk_losses(self.complete(weights), batch, outputs, losses), scale)
+        state = self.complete(weights)
+        count = len(self.passes(state, batch))
+        found = self._chunk_losses(state, batch, outputs, losses)
+        loss = leaf_loss(merged, weights, found, self._loss_scale(), count)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=1)
         self.log_dict({f"train/loss/{task}": value for task, value in losses.items()}, batch_size=1)
         index = {task: batch[task].index[: len(logits)] for task, logits in outputs.items()}
         return {"loss": loss, "logits": outputs, "index": index}
 
+    def merged_to_adapt(self) -> dict[str, Tensor]:
+        """Merge; what autocast would cast in every layer is made in its type, if the rule hands it on as it is.
+
+        A rule that goes on computing with what the bank contracts would do so in half precision; it is asked again.
+        Block by block autocast casts by itself.
+        """
+        if self.merge_by == "block":
+            return super().merged_to_adapt()
+        types = self.skeleton.autocast_weights.types(self.device) if self._hands_on else {}
+        with self.bank.contracting_to(types):
+            merged = self.merge(self.bank)
+        if all(name not in types or hasattr(value.grad_fn, "way_back") for name, value in merged.items()):
+            return merged
+        self._hands_on = False
+        del merged
+        return self.merge(self.bank)
+
     def _chunk_losses(
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
     ) -> Iterator[Tensor]:
         """Sum of the losses of each chunk; logits and single losses are noted on the way."""
-        for chunk in chunks(batch, self.max_images):
+        for chunk in self.passes(state, batch):
             found = self.all_outputs(state, {task: batch[task].images for task in chunk})
             shaken = self.perturbed(state, batch, {task: logits.detach() for task, (_, logits) in found.items()})
             total: list[Tensor] = []
@@ -97,6 +135,33 @@ class AdaptationSteps(BlockSteps):
                 losses[task] = loss.detach()
                 outputs[task] = logits.detach()[: None if batch[task].share else 0]  # borrowed images do not count
             yield torch.stack(total).sum()
+
+    def passes(self, state: Mapping[str, Tensor], batch: Batches) -> list[list[str]]:
+        """Say which tasks go through the encoder together: up to :attr:`max_images`, or as many as memory is meant for.
+
+        What an image takes is measured once, with one of its shape; all ranks find the same.
+
+        Args:
+            state: Complete state dict.
+            batch: Images of all tasks.
+        """
+        if self.max_images != "auto":
+            return chunks(batch, self.max_images)
+        most = {}
+        for task, part in batch.items():
+            shape = part.images.shape[1:]
+            if shape not in most:
+                most[shape] = max(1, self.activation_budget // self._bytes_per_image(state, task, part.images[:1]))
+        return chunks(batch, most)
+
+    def _bytes_per_image(self, state: Mapping[str, Tensor], task: str, image: Tensor) -> int:
+        key = (image.shape, autocast_type(self.device))
+        if key not in self._image_bytes:
+            still = {n: x.detach().requires_grad_(n not in self.skeleton.buffers_of) for n, x in state.items()}
+            found = bytes_per_image(lambda images: self.head(task)(self.skeleton(still, images)), image)
+            again = self.perturbations is not None and self.objective.ascent is not None
+            self._image_bytes[key] = found * (2 if again else 1)  # the same images go once more, perturbed
+        return self._image_bytes[key]
 
     def perturbed(
         self, state: Mapping[str, Tensor], batch: Batches, logits: Mapping[str, Tensor]
@@ -161,8 +226,8 @@ class AdaptationSteps(BlockSteps):
         return {task: (part, self.head(task)(part)) for task, part in zip(images, parts, strict=True)}
 
 
-def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[str]]:
-    """Group tasks whose images have the same shape, up to ``most`` images a group.
+def chunks(batch: Mapping[str, UnlabelledBatch], most: int | Mapping[torch.Size, int] | None) -> list[list[str]]:
+    """Group tasks whose images have the same shape, up to ``most`` images a group, or up to those of their shape.
 
     All ranks group alike, as those that climb together must: a rank with an image less counts the others' number, which
     follows from its share.
@@ -177,7 +242,8 @@ def chunks(batch: Mapping[str, UnlabelledBatch], most: int | None) -> list[list[
         images = part.images
         same = groups and batch[groups[-1][0]].images.shape[1:] == images.shape[1:]
         count = ceil(len(images) / part.share - 1e-6) if part.share else len(images)  # the largest of any rank
-        if not same or (most is not None and size + count > most):
+        limit = most[images.shape[1:]] if isinstance(most, Mapping) else most
+        if not same or (limit is not None and size + count > limit):
             groups.append([])
             size = 0
         groups[-1].append(task)

@@ -161,7 +161,7 @@ def main(args: ArgsType | Sequence[str] = None, *, run: bool = True) -> MergeCLI
         if debug or os.environ.get("LIT_MERGE_DEBUG"):
             raise
         error = _cause(raised)
-        message = str(error).strip() or type(error).__name__
+        message = "\n       ".join([str(error).strip() or type(error).__name__, *getattr(error, "__notes__", ())])
         kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
         if is_lost_peer(raised) and not isinstance(error, MergeError):
             message, kind = "another rank of this run has ended; if it does not say why, it was killed", ""

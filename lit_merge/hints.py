@@ -19,7 +19,7 @@ from lit_merge.objectives import Objective
 from lit_merge.suites import Suite
 from lit_merge.transforms import Transform
 
-__all__ = ("hint", "shortened")
+__all__ = ("hint", "memory_hint", "shortened")
 
 _FAMILIES = (
     MergeModule,
@@ -83,6 +83,15 @@ def hint(message: str) -> str:
         usable = sorted({kind.__name__ for kind in _subclasses(family) if not inspect.isabstract(kind)})
         return f"; there are {', '.join(usable)}"
     return ""
+
+
+def memory_hint() -> str:
+    """Return what to do when a device's memory is not enough."""
+    return (
+        "to adapt in less memory: --model.max_images auto (and a lower --model.activation_budget) for what grows with "
+        "the images, --model.storage_dtype bfloat16 or --model.storage host for what grows with the experts, "
+        "--trainer.precision bf16-mixed for both"
+    )
 
 
 def _mistakes(message: str) -> Iterator[tuple[str, Collection[str]]]:

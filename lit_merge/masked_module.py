@@ -15,7 +15,7 @@ from lit_merge.adaptation import Batches
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, final_mask, rescale_mask
 from lit_merge.functional.finite import check_finite
-from lit_merge.functional.leaf_gradient import accumulate, leaf_loss, leaves
+from lit_merge.functional.leaf_gradient import Gradients, accumulate, leaf_loss, leaves
 from lit_merge.functional.masked import Mask
 from lit_merge.module import MergeModule
 from lit_merge.task_vectors import TaskVectors
@@ -152,7 +152,7 @@ class MaskedMergeModule(MergeModule):
         Returns:
             The loss on this rank, and the gradient of each tensor in the mean over ranks.
         """
-        with self.recipes():
+        with self.recipes(), self.bank.contracting_to(self.skeleton.autocast_weights.types(self.device)):
             merged = self.bank.contract(coefficients, mask)
         weights = leaves(merged)
         loss = leaf_loss(merged, weights, losses(self.complete(weights)), self._loss_scale())
@@ -180,18 +180,17 @@ class MaskedMergeModule(MergeModule):
         Returns:
             The loss on this rank, and this rank's gradient by name.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self.bank.contracting_to(self.skeleton.autocast_weights.types(self.device)):
             weights = self.bank.contract(coefficients, mask)
         scale = self._loss_scale()
-        for name, weight in weights.items():
+        for weight in weights.values():
             weight.requires_grad_()
-            weight.grad = None if into is None or name not in into else into[name].mul_(scale)
+        gradients = Gradients(weights, {} if into is None else {n: _times(into[n], scale) for n in into})
         total = torch.zeros((), device=self.device)
         for loss in losses(self.complete(weights)):
             accumulate(loss * scale, weights)
             total += loss.detach()
-        found = {name: weight.grad.div_(scale) for name, weight in weights.items() if weight.grad is not None}
-        return total, found
+        return total, {name: _times(gradient, 1 / scale) for name, gradient in gradients.sums.items()}
 
     def pull_back(
         self, gradient: dict[str, Tensor], coefficients: Tensor, mask: Mask, wanted: Sequence[bool]
@@ -264,6 +263,13 @@ class MaskedMergeModule(MergeModule):
 def _derived(*keys: int) -> int:
     """Seed from several numbers."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, keys)).encode()).digest()[:7], "big")
+
+
+def _times(gradient: Tensor, factor: float) -> Tensor:
+    """Multiply in place, but in a type that half precision's loss scales fit into."""
+    if factor == 1:
+        return gradient
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).mul_(factor)
 
 
 def _listed(value: Any) -> list[Any]:  # noqa: ANN401 - Lightning returns one or a list

@@ -57,7 +57,8 @@ class MergeModule(BankReading, StreamSteps, ABC):
         buffers: Running statistics of the merged network: ``average`` of the experts', those of the ``base``, or
             ``recalibrate``: average while adapting, then measured on unlabelled images before each evaluation.
         max_images: Images per encoder pass in adaptation; tasks are grouped up to it, to save memory. A task's batch
-            is never split. By default all tasks go together.
+            is never split. By default all tasks go together. ``auto``: as many as ``activation_budget`` is enough for.
+        activation_budget: Bytes for what the network keeps of one pass for its way back, under ``max_images: auto``.
         teacher_cache: Bytes for the experts' outputs, if the objective needs them.
         merge_by: What is merged at once in a step of adaptation. ``network``: all weights. ``block``: those of one
             numbered block, again in the backward pass, so that neither merged weights nor their gradient, nor the
@@ -88,7 +89,8 @@ class MergeModule(BankReading, StreamSteps, ABC):
         optimizer: OptimizerCallable = torch.optim.Adam,
         scheduler: LRSchedulerCallable | None = None,
         buffers: Literal["average", "base", "recalibrate"] = "average",
-        max_images: int | None = None,
+        max_images: int | Literal["auto"] | None = None,
+        activation_budget: int = 4 * 2**30,
         teacher_cache: int = 2**30,
         storage_dtype: StorageDtype | None = None,
         storage: StorageKind = "auto",
@@ -101,8 +103,7 @@ class MergeModule(BankReading, StreamSteps, ABC):
         if buffers not in ("average", "base", "recalibrate"):
             raise MergeError(f"model.buffers: expected average, base or recalibrate, found {buffers!r}")
         self.keep_in(storage_dtype, storage, storage_rank, storage_budget, storage_folder)
-        if max_images is not None and max_images < 1:
-            raise MergeError(f"model.max_images: expected at least 1, found {max_images}")
+        self.use_passes(max_images, activation_budget)
         self.use_merge_by(merge_by)
         self.save_hyperparameters(ignore=(*_OBJECTS, "storage_budget", "storage_folder"))  # these say where it ran
         self.suite = suite
@@ -111,7 +112,6 @@ class MergeModule(BankReading, StreamSteps, ABC):
         self.optimizer_factory = optimizer
         self.scheduler_factory = scheduler
         self.buffer_policy = buffers
-        self.max_images = max_images
         self.perturbations = None
         self.teachers = TeacherCache(teacher_cache)
         self._measured: dict[str, Tensor] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lit_merge.autocast_weights import AutocastWeights
 from lit_merge.block_by_block import BlockByBlock
 from lit_merge.errors import MergeError
 from lit_merge.lazy_weights import LazyWeights
@@ -51,6 +52,7 @@ class Skeleton(nn.Module):
         by_block: Runs the network with lazy weights.
         buffers_of: Names of the persistent floating and integer buffers.
         tied: Second names of tied parameters, ``{alias: name}``.
+        autocast_weights: Which weights autocast casts, known after the first pass under it.
 
     >>> skeleton = Skeleton(nn.Linear(2, 1))
     >>> skeleton({"weight": torch.ones(1, 2), "bias": torch.ones(1)}, torch.ones(1, 2))
@@ -64,6 +66,7 @@ class Skeleton(nn.Module):
         parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
         self.buffers_of = frozenset(self.keys) - parameters
         self.network = freeze_to_buffers(deepcopy(network))
+        self.autocast_weights = AutocastWeights()
         self._drop_values()
         self.by_block = BlockByBlock(self.network, self.keys)
 
@@ -92,7 +95,8 @@ class Skeleton(nn.Module):
         if isinstance(state, LazyWeights):
             features = self.by_block.run(self.network, state, images)
         else:
-            features = functional_call(self.network, dict(state), (images,), tie_weights=False)
+            with self.autocast_weights.watching(self.network, self.tied, images.device):
+                features = functional_call(self.network, dict(state), (images,), tie_weights=False)
         if not isinstance(features, Tensor) or features.shape[:1] != images.shape[:1]:
             found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise MergeError(

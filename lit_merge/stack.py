@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lit_merge.contract import contract
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask, pulled
 from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
@@ -30,6 +31,7 @@ class Stack(nn.Module):
 
     Attributes:
         storage: How they are kept.
+        types: Types of tensors that :meth:`contract` makes in other ones than those of the base.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Stack(nn.Module):
         self.storage, self.layout = storage, storage.layout
         self.names, self.compute_dtype = self.layout.names, self.layout.compute_dtype
         self._columns = self.layout.columns()
+        self.types: dict[str, torch.dtype] = {}
 
     @property
     def device(self) -> torch.device:
@@ -133,26 +136,45 @@ class Stack(nn.Module):
         new._use(self.storage.replaced(checked()))
         return new
 
+    @contextmanager
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> Iterator[None]:
+        """Let :meth:`contract` return some tensors in other types; see :meth:`lit_merge.TaskVectors.contracting_to`.
+
+        >>> stack = Stack(["w"], {"w": torch.ones(2)}, 1)
+        >>> with stack.contracting_to({"w": torch.bfloat16}):
+        ...     stack.contract(torch.zeros(1, 1))["w"].dtype
+        torch.bfloat16
+        """
+        self.types, before = dict(types), self.types
+        try:
+            yield
+        finally:
+            self.types = before
+
     def contract(self, coefficients: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
         """Merge with coefficients ``(T, L)`` and a mask; see :meth:`lit_merge.TaskVectors.contract`."""
-        with torch.autocast(self.device.type, enabled=False):  # coefficient arithmetic is never in half precision
-            if mask is None:
-                return dict(zip(self.names, _Contract.apply(coefficients, self), strict=True))
-            merged = _MaskedContract.apply(coefficients, self, mask.recipe, *mask.logits)
-            return dict(zip(self.names, merged, strict=True))
+        return dict(zip(self.names, contract(coefficients, self, mask), strict=True))
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""
-        return tuple(self._shaped(column, block.merge(coefficients[:, column])) for column, block in self._walk())
+        return tuple(self.merged(column, block, coefficients[:, column]) for column, block in self._walk())
 
     def inner_products(self, gradients: Sequence[Tensor | None]) -> Tensor:
         """Backward half of :meth:`contract`: ⟨dL/dθ_l, τ_{t,l}⟩ as ``(T, L)``, one pass over the bank."""
-        result = torch.zeros(self.storage.tasks, len(self.names), dtype=self.compute_dtype, device=self.device)
+        result = self.no_products()
         for column, block in self._walk(gradients):
             gradient = gradients[column]
             assert gradient is not None
-            result[:, column] = block.products(gradient.flatten().to(self.compute_dtype))
+            result[:, column] = self.products(block, gradient)
         return self.storage.total(result)
+
+    def no_products(self) -> Tensor:
+        """Return zeros ``(T, L)`` to put inner products into."""
+        return torch.zeros(self.storage.tasks, len(self.names), dtype=self.compute_dtype, device=self.device)
+
+    def products(self, block: Block, gradient: Tensor) -> Tensor:
+        """Return the inner products ``(T,)`` of one tensor's differences with a gradient ``(*shape)`` of any type."""
+        return block.products(gradient.flatten() if block.widens else gradient.flatten().to(self.compute_dtype))
 
     def combine_masked(self, coefficients: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract` with a mask: the mask times the offset, one pass over the bank."""
@@ -180,12 +202,15 @@ class Stack(nn.Module):
             pieces: The tensor's own piece of each of the mask's logits, ``(n,)``.
 
         Returns:
-            ``(*shape)``, in the dtype of the base.
+            ``(*shape)``, in the dtype of the base or that of :meth:`contracting_to`.
         """
         if recipe is None:
-            return self._shaped(column, block.merge(weights))
-        factor = recipe(column, *pieces)
-        return self._shaped(column, block.masked(weights, factor))
+            value = block.merge_as(weights, *self._types(column))
+        else:
+            value = block.masked(weights, recipe(column, *pieces))
+            for dtype in self._types(column):
+                value = value.to(dtype)
+        return value.reshape(self.layout.shapes[column])
 
     def masked_gradients(
         self, coefficients: Tensor, mask: Mask, gradients: Sequence[Tensor | None], wanted: Sequence[bool]
@@ -223,6 +248,11 @@ class Stack(nn.Module):
 
     def _rows(self, column: int) -> Tensor:
         return self.storage.rows(column).to(self.compute_dtype)
+
+    def _types(self, column: int) -> tuple[torch.dtype, ...]:
+        """Types through which a merged tensor goes: that of the base, and maybe that of autocast."""
+        own, other = self.layout.dtypes[column], self.types.get(self.names[column])
+        return (own,) if other is None or own == torch.float64 else (own, other)
 
     def _shaped(self, column: int, flat: Tensor) -> Tensor:
         """Give a merged tensor its dtype and shape."""
@@ -279,42 +309,3 @@ class StackPieces:
 def _check_names(found: Iterable[str], expected: Iterable[str]) -> None:
     if changed := sorted(set(found) ^ set(expected)):
         raise MergeError(f"transform: changed the names of the tensors: {changed}")
-
-
-class _Contract(torch.autograd.Function):
-    """Linear in the coefficients, so nothing but the bank itself is needed for the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, stack: Stack) -> tuple[Tensor, ...]:  # noqa: ANN401
-        ctx.stack = stack
-        ctx.set_materialize_grads(False)
-        return stack.combine(coefficients)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:  # noqa: ANN401
-        with torch.autocast(ctx.stack.device.type, enabled=False):
-            return ctx.stack.inner_products(gradients), None
-
-
-class _MaskedContract(torch.autograd.Function):
-    """Saves coefficients and logits only: mask and offset are cheaper to make again than to keep."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, stack: Stack, recipe: Callable[..., Tensor], *logits: Tensor  # noqa: ANN401
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.stack, ctx.recipe = stack, recipe
-        ctx.save_for_backward(coefficients, *logits)
-        ctx.set_materialize_grads(False)
-        return stack.combine_masked(coefficients, Mask(recipe, logits))
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        coefficients, *logits = ctx.saved_tensors
-        wanted = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
-        mask = Mask(ctx.recipe, tuple(logits))
-        with torch.autocast(ctx.stack.device.type, enabled=False):
-            products, *slopes = ctx.stack.masked_gradients(coefficients, mask, gradients, wanted)
-        return products, None, None, *slopes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, Self, cast, get_args
 
@@ -40,8 +40,7 @@ class TaskVectors(nn.Module):
         tasks: Names of the tasks, in the order of the first dimension of every stacked tensor.
         names: Names of the tensors that coefficients act on, in the order of the base: the columns of ``(T, L)``.
         digests: SHA-256 of the base (key ``""``) and of each expert (by task), over names, shapes and values.
-        network: Names of the tensors that coefficients act on in the whole network, of which this may be a piece: what
-            the depth of a tensor is read off.
+        network: ``names`` of the whole network, of which this may be a piece: what the depth of a tensor is read off.
 
     >>> bank = TaskVectors.from_state_dicts({"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}})
     >>> bank.tasks, bank.deltas["w"].shape
@@ -222,9 +221,8 @@ class TaskVectors(nn.Module):
         """
         size = len(self.tasks), len(self.names)
         values = spread(torch.as_tensor(coefficients, dtype=self.compute_dtype, device=self._weights.device), *size)
-        for logits in () if mask is None else mask.logits:
-            if logits.shape != (len(self._weights),):
-                raise MergeError(f"mask: expected logits ({len(self._weights)},), found {tuple(logits.shape)}")
+        if mask is not None:
+            mask.check(len(self._weights))
         if self._lazy:
             return cast("dict[str, Tensor]", LazyWeights(self._weights, values, mask))
         return self._weights.contract(values, mask)
@@ -237,6 +235,10 @@ class TaskVectors(nn.Module):
             yield
         finally:
             self._lazy = False
+
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> AbstractContextManager[None]:
+        """Within it, :meth:`contract` rounds tensors to these types, by name; float64 tensors stay as they are."""
+        return self._weights.contracting_to(types)
 
     def pull_back(
         self,
@@ -329,16 +331,19 @@ class TaskVectors(nn.Module):
         Raises:
             MergeError: The transform changed a name or a shape, or made a value that is not finite.
         """
-        constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
         if self.storage.lazy and isinstance(transform, Transform) and transform.needs in ("tensor", "statistics"):
             stack = self._weights.mapped(transform.streamed(StackPieces(self._weights)))
         else:
             stack = self._weights.replaced(transform(self.deltas))
-        return type(self)(self.tasks, stack, self._statistics, constants, self._tied, self.digests, self.network)
+        others = self._statistics, self._constants(), self._tied, self.digests, self.network
+        return type(self)(self.tasks, stack, *others)
 
     def _assemble(self, parameters: Mapping[str, Tensor], statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        constants = {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}
+        constants = self._constants()
         if isinstance(parameters, LazyWeights):
             return cast("dict[str, Tensor]", parameters.with_tensors({**statistics, **constants}, self._tied))
         state = {**parameters, **statistics, **constants}
         return state | {alias: state[name] for alias, name in self._tied.items()}
+
+    def _constants(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"_constant_{i}") for i, name in enumerate(self._constant_names)}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lit_merge.checkpoints.export import write_card
@@ -67,7 +68,13 @@ class MergeTrainer(L.Trainer):
         with warnings.catch_warnings():
             if self.has_stream:  # epochs without a step
                 warnings.filterwarnings("ignore", ".*(run with no optimizer|before `optimizer.step).*")
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            try:
+                super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            except torch.OutOfMemoryError as error:
+                from lit_merge.hints import memory_hint
+
+                error.add_note(memory_hint())
+                raise
         if isinstance(model, MergeModule) and model.progress is not None and self.strategy.launcher is not None:
             last = run_dir(self) / "last.ckpt"
             if not model.progress.absorbed and last.is_file():  # a fork brings back what was learned, but no stages

@@ -24,6 +24,7 @@ from lit_merge.data import UnlabelledBatch
 from lit_merge.encoders import HuggingFaceEncoder, OpenClipEncoder
 from lit_merge.encoders.heads import CosineHead
 from lit_merge.errors import MergeError
+from lit_merge.functional import masked
 from lit_merge.methods import DAM, SAU, ConcreteMerging, SingularAdaMerging
 from lit_merge.objectives import Entropy, PerturbationConsistency, WeightedSum
 from lit_merge.skeleton import Skeleton
@@ -162,7 +163,7 @@ class Alive:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = 0
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
-        merged, pulled = Stack.merged, lazy_weights.pulled
+        merged, pulled = Stack.merged, masked.pulled
 
         def counted_merge(stack: Stack, *args: Any, **kwargs: Any) -> Tensor:
             result = merged(stack, *args, **kwargs)

@@ -103,7 +103,7 @@ class TestErrors:
         [
             (("--data.batch_size=0",), "error: data.batch_size: expected at least 1, found 0"),
             (("--suite.tasks=0",), "error: toys.experts: expected at least one, found none"),
-            (("--model.max_images=0",), "error: model.max_images: expected at least 1, found 0"),
+            (("--model.max_images=0",), "error: model.max_images: expected auto, null or at least 1, found 0"),
             (("--trainer.precision=bf16-true",), "error: trainer.precision: bf16-true would round the coefficients"),
             (("--ckpt_path=gone.ckpt",), "error: gone.ckpt: no such checkpoint"),
         ],

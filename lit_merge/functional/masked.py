@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lit_merge.errors import MergeError
+
 __all__ = ("Mask", "pulled")
 
 
@@ -32,6 +34,16 @@ class Mask(NamedTuple):
 
     recipe: Callable[..., Tensor]
     logits: tuple[Tensor, ...]
+
+    def check(self, size: int) -> None:
+        """Refuse logits of another shape than ``(size,)``.
+
+        Raises:
+            MergeError: There are some.
+        """
+        for logits in self.logits:
+            if logits.shape != (size,):
+                raise MergeError(f"mask: expected logits ({size},), found {tuple(logits.shape)}")
 
     def detach(self) -> Mask:
         """Return the same mask as a constant."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_merge.adaptation import Batches, chunks
+from lit_merge.adaptation import Batches
 from lit_merge.coefficients import Coefficient, Tied
 from lit_merge.errors import MergeError
 from lit_merge.functional.concrete import FinalMask, rescale_mask
@@ -244,7 +244,7 @@ class DAM(ConcreteMerging):
             seen: Where logits are noted.
         """
         state = self.complete(self.bank.contract(point, mask))
-        for chunk in chunks(batch, self.max_images):
+        for chunk in self.passes(state, batch):
             found = self.all_outputs(state, {task: batch[task].images for task in chunk})
             for task, (_, logits) in found.items():
                 seen.logits.setdefault(task, []).append(logits[: None if batch[task].share else 0])
@@ -280,7 +280,7 @@ class DAM(ConcreteMerging):
         loss, slope = self.weight_gradient(point, mask, self.losses_of(batch, seen))
         if self.coefficient_stage == "safe":
             state = self.complete(self.bank.contract(point, mask))
-            for chunk in chunks(batch, self.max_images):
+            for chunk in self.passes(state, batch):
                 self.climb(state, batch, {task: _classes(seen, task, batch) for task in chunk})
             del state
             losses = self.safety_losses(batch, seen, self.coefficient_alpha)
@@ -306,7 +306,7 @@ class DAM(ConcreteMerging):
 
         def losses(state: dict[str, Tensor]) -> Iterator[Tensor]:
             rates: dict[str, Tensor] = {}
-            for chunk in chunks(batch, self.max_images):
+            for chunk in self.passes(state, batch):
                 shaken = {task: perturbations(task, batch[task].images, box=self.box) for task in chunk}
                 total: list[Tensor] = []
                 for task, (_, logits) in self.all_outputs(state, shaken).items():

@@ -77,11 +77,28 @@ class Block(ABC):
     """One tensor of the bank while it is at hand: base ``(n,)`` and task vectors ``(T, n)``, on the compute device.
 
     All arithmetic is in ``Layout.compute_dtype``, whatever the task vectors are kept in.
+
+    Attributes:
+        widens: Whether :meth:`products` takes vectors in any type.
     """
+
+    widens = False
 
     @abstractmethod
     def merge(self, weights: Tensor) -> Tensor:
         """Return θ0 + Σ_t w_t τ_t, ``(n,)``, for weights ``(T,)``."""
+
+    def merge_as(self, weights: Tensor, *types: torch.dtype) -> Tensor:
+        """Return what :meth:`merge` does in another type.
+
+        Args:
+            weights: ``(T,)``.
+            types: Through which of them the result goes, the last one being its own.
+        """
+        found = self.merge(weights)
+        for dtype in types:
+            found = found.to(dtype)
+        return found
 
     @abstractmethod
     def offset(self, weights: Tensor) -> Tensor:

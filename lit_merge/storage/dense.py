@@ -24,6 +24,8 @@ class DenseBlock(Block):
         dtype: Dtype of the arithmetic.
     """
 
+    widens = True
+
     def __init__(self, base: Tensor, rows: Tensor, dtype: torch.dtype) -> None:
         self._base, self._rows, self._dtype = base, rows, dtype
 
@@ -32,12 +34,16 @@ class DenseBlock(Block):
         return weighted_sum(self._rows, weights, self.base())
 
     @override
+    def merge_as(self, weights: Tensor, *types: torch.dtype) -> Tensor:
+        return weighted_sum(self._rows, weights, self.base(), types)
+
+    @override
     def offset(self, weights: Tensor) -> Tensor:
         return weighted_sum(self._rows, weights)
 
     @override
     def products(self, vector: Tensor) -> Tensor:
-        return inner_products(self._rows, vector)
+        return inner_products(self._rows, vector, self._dtype)
 
     @override
     def base(self) -> Tensor:

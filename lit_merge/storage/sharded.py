@@ -57,6 +57,10 @@ class ShardedBlock(Block):
         return self._group.gather(self._shard.merge(weights), self._size)
 
     @override
+    def merge_as(self, weights: Tensor, *types: torch.dtype) -> Tensor:
+        return self._group.gather(self._shard.merge_as(weights, *types), self._size)  # sent in the narrower type
+
+    @override
     def offset(self, weights: Tensor) -> Tensor:
         return self._group.gather(self._shard.offset(weights), self._size)
 

@@ -107,13 +107,14 @@ def test_softmax_gradient_equals_autograd() -> None:
     assert (step_gradient(module, batch)[1] - naive_gradient(module, suite, batch)[1]).norm() < 1e-12
 
 
-def test_bank_is_read_once_each_way_whatever_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_merge.stack import Stack
+@pytest.mark.parametrize("limit", [None, 4])
+def test_bank_is_read_once_each_way_whatever_the_tasks(limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_merge.storage import DenseBlock
 
     passes: list[str] = []
 
     def counted(name: str) -> Any:
-        original = getattr(Stack, name)
+        original = getattr(DenseBlock, name)
 
         def call(*args: Any) -> Any:
             passes.append(name)
@@ -121,13 +122,14 @@ def test_bank_is_read_once_each_way_whatever_the_tasks(monkeypatch: pytest.Monke
 
         return call
 
-    for name in ("combine", "inner_products"):
-        monkeypatch.setattr(Stack, name, counted(name))
+    for name in ("merge_as", "products"):
+        monkeypatch.setattr(DenseBlock, name, counted(name))
     suite = ToySuite("vit", tasks=5)
-    module = AdaMerging(suite=suite, max_images=4)
+    module = AdaMerging(suite=suite, max_images=limit)
     module.configure_model()
     step_gradient(module, batch_of(suite, 4, torch.float32))
-    assert passes == ["combine", "inner_products"]
+    tensors = len(module.bank.names)
+    assert passes == ["merge_as"] * tensors + ["products"] * tensors
 
 
 def test_encoder_sees_all_tasks_as_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +197,7 @@ def test_one_over_tasks_is_the_average() -> None:
         ({"bounds": (1.0, 0.0)}, "bounds: expected lowest < highest"),
         ({"bounds": (0.0, 1.0), "softmax": True}, "exclude each other"),
         ({"buffers": "mean"}, "model.buffers: expected average, base or recalibrate, found 'mean'"),
-        ({"max_images": 0}, "model.max_images: expected at least 1, found 0"),
+        ({"max_images": 0}, "model.max_images: expected auto, null or at least 1, found 0"),
     ],
 )
 def test_names_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
