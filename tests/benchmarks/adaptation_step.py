@@ -76,8 +76,10 @@ def together(plans: dict[str, Plan]) -> dict[str, dict[str, Any]]:
     """Run several rows in turns; the first step of each is a warm-up."""
     workers = {name: Worker(plan) for name, plan in plans.items()}
     for _ in range(next(iter(plans.values())).steps):
-        for worker in workers.values():
+        for name, worker in workers.items():
             worker.step()
+            print(f"{name} {worker.times[-1]:.2f} s, CPU {worker.cpu[-1]:.2f} s;", end=" ", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
     return {
         name: {"seconds": worker.times[1:], "cpu": worker.cpu[1:], **worker.finish()}
         for name, worker in workers.items()
