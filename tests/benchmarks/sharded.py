@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     ranks: int
     storage: str
     storage_dtype: str | None
+    merge_by: str = "network"
 
 
 class Values(Mapping[str, Tensor]):
@@ -194,6 +195,7 @@ def rank(plan: Plan) -> dict[str, Any]:
     number = int(os.environ.get("LOCAL_RANK", "0"))
     suite = RandomSuite(plan)
     options: dict[str, Any] = {"storage": plan.storage, "storage_dtype": plan.storage_dtype}
+    options["merge_by"] = plan.merge_by
     module = AdaMerging(suite=suite, optimizer=partial(torch.optim.Adam, lr=1e-3), **options)
     watch, batch = Steps(Sent()), suite.batch(number)
     torch.nn.functional.linear(torch.ones(64, 64), torch.ones(64, 64, requires_grad=True)).sum().backward()  # libraries
@@ -262,6 +264,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--storage", nargs="+", choices=("device", "sharded"), default=["device", "sharded"])
     parser.add_argument("--storage-dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--merge-by", choices=("network", "block"), default="network")
     parser.add_argument("--quick", action="store_true", help="a tiny network on one and two ranks")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plan", help=argparse.SUPPRESS)
@@ -274,6 +277,7 @@ def main() -> None:
         print(json.dumps(rank(Plan(**json.loads(given.plan)))))
         return
     plan = Plan(given.model, given.layers, given.tasks, given.images, given.steps, 1, "device", given.storage_dtype)
+    plan = plan._replace(merge_by=given.merge_by)
     if given.quick:
         plan, given.ranks = plan._replace(model="tiny", tasks=2, steps=2), [1, 2]
     rows: list[dict[str, Any]] = []
