@@ -78,6 +78,8 @@ class StorageChoice:
         if self.kind == "auto":
             rank_zero_info(f"storage: {kind}: {why}")
         made_on = self.made_on or device
+        if kind == "sharded":  # the ranks are not known here
+            raise MergeError("storage: sharded is made by lit_merge.storage.sharded_over, of the ranks that share it")
         if kind == "host":
             return HostStorage(layout, base, tasks, dtype, made_on)
         if kind == "mmap":
