@@ -193,7 +193,8 @@ class TaskDataModule(L.LightningDataModule):
         if self._caches is None:
             again = {task: data for task, data in self._data.items() if self._comes_again(task)}
             adapt = self.positions("adapt")
-            self._caches = cache_images(again, adapt, self.image_cache, shared=self.num_workers > 0)
+            here = 1 if self.trainer is None else max(1, self.trainer.num_devices)
+            self._caches = cache_images(again, adapt, self.image_cache, self.num_workers > 0, here)
         options = self._worker_options()
         if self.prefetch and options["pin_memory"]:
             assert self.trainer is not None

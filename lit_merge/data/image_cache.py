@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torch import Tensor
 
@@ -134,11 +136,16 @@ def _halves(
 
 
 def cache_images(
-    data: Mapping[str, LabelledDataset], positions: Mapping[str, Sequence[int]], budget: int, shared: bool = False
+    data: Mapping[str, LabelledDataset],
+    positions: Mapping[str, Sequence[int]],
+    budget: int,
+    shared: bool = False,
+    processes: int = 1,
 ) -> dict[str, CachedImages]:
     """Divide a budget over tasks, the smallest first: those are gone through most often.
 
-    Datasets that have their images in memory, and those whose images change from call to call, are left out.
+    Datasets that have their images in memory, and those whose images change from call to call, are left out: those that
+    draw from the generators of torch, Python or numpy, or that twice give different images under one number.
 
     Args:
         data: Labelled images per task.
@@ -146,6 +153,7 @@ def cache_images(
         budget: Bytes over all tasks. What is shared takes at most half of what is free where the system has it:
             in containers that may be as little as 64 MB, and workers hand over their batches there.
         shared: Whether worker processes are to have the images too.
+        processes: How many on this machine do the same at the same time, and take their part of what is free.
 
     Returns:
         Caches of the tasks that have one.
@@ -156,7 +164,7 @@ def cache_images(
         if _worth_it(images, positions[task][0])
     }
     if shared and _SHARED.is_dir():
-        budget = min(budget, shutil.disk_usage(_SHARED).free // 2)
+        budget = min(budget, shutil.disk_usage(_SHARED).free // (2 * processes))
     for cache in sorted(found.values(), key=lambda cache: cache.whole):
         budget -= cache.reserve(budget)
     return {task: cache for task, cache in found.items() if cache.reserved}
@@ -164,14 +172,24 @@ def cache_images(
 
 def _worth_it(data: LabelledDataset, position: int) -> bool:
     """Whether an image is made anew for each call, and is always the same."""
-    try:
-        one, other = data[position][0], data[position][0]
-    except MergeError:
-        return False  # whoever asks for it in earnest is told
+    with isolate_rng(include_cuda=False):  # a look must not change what is drawn afterwards
+        before = _drawn()
+        try:
+            one, other = data[position][0], data[position][0]
+        except MergeError:
+            return False  # whoever asks for it in earnest is told
+        if _drawn() != before:
+            return False  # it may be random, though two images were the same: one of two flips is
     if not isinstance(one, Tensor) or not one.is_floating_point():
         return False
     in_memory = one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()  # both are views of it
     return not in_memory and torch.equal(one, other)
+
+
+def _drawn() -> tuple[object, ...]:
+    """What the generators that transforms draw from have come to."""
+    kind, numbers, *place = np.random.get_state()  # noqa: NPY002 - what others use
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(numbers).tobytes(), *place
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, shared: bool) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import random
+import shutil
 from contextlib import nullcontext
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -22,6 +25,7 @@ from toys import ToyData, network
 
 from lit_merge import AdaMerging, MergeTrainer, TaskDataModule
 from lit_merge.callbacks import ResumePoint
+from lit_merge.data import image_cache
 from lit_merge.data.corruptions import CorruptedImages, Corruption
 from lit_merge.data.file_images import FolderImages
 from lit_merge.data.hub_images import ImageSet
@@ -115,9 +119,31 @@ def test_a_budget_goes_to_the_smallest_tasks_first_and_is_kept_to(folder: Path) 
 
 
 def test_what_is_in_memory_or_random_is_left_out(folder: Path) -> None:
-    noisy = FolderImages(folder, transform=T.Compose([CUT, T.Lambda(lambda image: image + torch.rand(()))]))
-    data: dict[str, Any] = {"memory": ToyData(9, 3, seed=0), "random": noisy}
+    """Half of all flips leave two images alike; and to find out draws nothing that others will draw."""
+    transforms = {
+        "noise": T.Lambda(lambda image: image + torch.rand(())),
+        "torch": T.RandomHorizontalFlip(0.01),
+        "python": T.Lambda(lambda image: image + (random.random() < 0.01)),
+        "numpy": T.Lambda(lambda image: image + (np.random.rand() < 0.01)),  # noqa: NPY002
+    }
+    data: dict[str, Any] = {
+        name: FolderImages(folder, transform=T.Compose([CUT, step])) for name, step in transforms.items()
+    }
+    data["memory"] = ToyData(9, 3, seed=0)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr] # noqa: NPY002
     assert cache_images(data, dict.fromkeys(data, range(9)), 2**20) == {}
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # type: ignore[union-attr] # noqa: NPY002
+
+
+def test_processes_of_a_machine_leave_room_in_shared_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=12 * BYTES["cut"]))
+    monkeypatch.setattr(image_cache, "_SHARED", folder)
+    data = {"x": FolderImages(folder, transform=CUT)}
+    found = [
+        cache_images(data, {"x": range(10)}, 2**20, *more)["x"].reserved for more in ((True,), (True, 2), (False,))
+    ]
+    assert [size // BYTES["cut"] for size in found] == [6, 3, 10]
 
 
 def test_workers_fill_one_cache(folder: Path) -> None:
