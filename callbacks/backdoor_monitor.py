@@ -201,13 +201,13 @@ class BackdoorMonitor(L.Callback):
 
 def _clean_merge(module: MergeModule, suite: BackdoorSuite) -> dict[str, Tensor]:
     """Return what the method's rule makes of clean experts, with what it has learned on the others."""
-    dtype = None if module.storage_dtype is None else getattr(torch, module.storage_dtype)
     bank = TaskVectors.from_state_dicts(
         Selected(suite.base(), module.skeleton.keys),
         {task: suite.clean.expert(task) for task in suite.tasks},
         buffers=module.skeleton.buffers_of,
         tied=module.skeleton.tied,
-        dtype=dtype,
+        dtype=module.bank_dtype,
+        storage=module.storage_factory(),
     )
     for transform in module.transforms:
         bank = bank.map(transform)

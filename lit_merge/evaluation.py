@@ -37,6 +37,7 @@ class EvaluationSteps(L.LightningModule):
         self._base: Mapping[str, Tensor] = {}
         self._expert: tuple[str, dict[str, Tensor]] = ("", {})
         self._waiting: list[str] = []
+        self._left: int | float = 0
 
     @abstractmethod
     def merged_state(self) -> dict[str, Tensor]:
@@ -74,10 +75,11 @@ class EvaluationSteps(L.LightningModule):
         if not self.adapting and not self.trainer.predicting:
             self._base = self.bank.base  # once, and at a moment that all ranks have in common
             self._waiting = list(self._tasks()) if self.bank.storage.shared else []
+            validating = self.trainer.validating
+            self._left = sum(self.trainer.num_val_batches if validating else self.trainer.num_test_batches)
 
     def _end_evaluation(self, prefix: str) -> None:
-        while self._waiting:  # of tasks that have no image on this rank
-            self._next_expert()
+        self._fetch_the_rest()  # where the number of batches was not known
         # dropped, not reused: tensors made in inference mode cannot take part in training
         self._merged, self._base, self._expert = None, {}, ("", {})
         self.results = self.scores.compute(references=not self.adapting)
@@ -103,6 +105,14 @@ class EvaluationSteps(L.LightningModule):
                 self._expert = (task, self.expert_state(task))
             self.scores.update("expert", task, self.outputs(self._expert[1], task, batch.images)[1], batch.labels)
         self.scores.update("base", task, self.outputs(self._base, task, batch.images)[1], batch.labels)
+        self._left -= 1
+        if self._left == 0:  # before callbacks, whose hooks come first, exchange anything else
+            self._fetch_the_rest()
+
+    def _fetch_the_rest(self) -> None:
+        """Take part in fetching the experts of tasks that have no image on this rank."""
+        while self._waiting:
+            self._next_expert()
 
     def _next_expert(self) -> None:
         if self.has_expert(task := self._waiting.pop(0)):

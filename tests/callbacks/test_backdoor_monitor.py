@@ -21,6 +21,7 @@ from lit_merge.callbacks import Report
 from lit_merge.callbacks.backdoor_monitor import BackdoorMonitor
 from lit_merge.errors import MergeError
 from lit_merge.loggers import RunLogger
+from lit_merge.storage import sharded
 from lit_merge.suites.backdoor import BackdoorSuite
 from lit_merge.transforms import Ties as Trim
 
@@ -118,13 +119,14 @@ def test_a_clean_task_is_transfer_and_a_class_it_does_not_have_is_left_out() -> 
     )
 
 
-@pytest.mark.parametrize("method", ["transforms", "ties", "learned"])
+@pytest.mark.parametrize("method", ["transforms", "ties", "learned", "low rank"])
 def test_the_clean_merge_is_by_the_same_rule_and_coefficients(method: str) -> None:
     suite = attacked()
     makers: dict[str, Any] = {
         "transforms": lambda of: TaskArithmetic(suite=of, transforms=[Trim(0.3)]),
         "ties": lambda of: Ties(suite=of, density=0.3),
         "learned": lambda of: AdaMerging(suite=of),
+        "low rank": lambda of: TaskArithmetic(suite=of, storage="low_rank", storage_rank=1),
     }
     model, twin = makers[method](suite), makers[method](suite.clean)
     twin.configure_model()
@@ -151,15 +153,16 @@ def test_within_a_fit_only_the_merge_is_watched_and_now_and_then() -> None:
     assert monitor.state_dict() == {"validations": 5}
 
 
-def test_two_ranks_count_what_one_counts(tmp_path: Path) -> None:
+def test_two_ranks_count_what_one_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "WHOLE", 0)  # all tensors of toys are small
     reports = []
-    for ranks in (1, 2):
+    for ranks, storage in ((1, "device"), (2, "sharded")):
         suite = attacked(tmp_path / "cache")
         folder = tmp_path / str(ranks)
         folder.mkdir()
         engine = trainer_on(folder, ranks, callbacks=[BackdoorMonitor(), Report()])
         data = TaskDataModule(suite, eval_batch_size=4)  # one task has a single image
-        engine.test(TaskArithmetic(suite=suite, scale=0.4), datamodule=data, verbose=False)
+        engine.test(TaskArithmetic(suite=suite, scale=0.4, storage=storage), datamodule=data, verbose=False)
         reports.append(json.loads((folder / "report.json").read_text())["extra"]["backdoor"])
     assert reports[0] == reports[1]
     assert reports[1]["attacks"]["task.a"]["tasks"]["task.a"]["n"] == 14
