@@ -5,7 +5,8 @@
 Everything that a fit does before its first step is measured in a process of its own: reading, checking and hashing
 base and experts, the bank, the skeleton. Heads come from files. Memory is the largest resident set beyond that of the
 imports, pages of files included, in units of one model in float32. ``--threads``: how many experts are read at the same
-time; ``busy`` is CPU time over seconds. The bound on memory has a tensor per thread in it, which is small.
+time, and no more than there are cores; ``busy`` is CPU time over seconds. The bound on memory has a tensor per thread
+in it, which is small.
 """
 
 from __future__ import annotations
