@@ -130,10 +130,10 @@ def test_what_is_in_memory_or_random_is_left_out(folder: Path) -> None:
         name: FolderImages(folder, transform=T.Compose([CUT, step])) for name, step in transforms.items()
     }
     data["memory"] = ToyData(9, 3, seed=0)
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr] # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), pickle.dumps(np.random.get_state())  # noqa: NPY002
     assert cache_images(data, dict.fromkeys(data, range(9)), 2**20) == {}
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # type: ignore[union-attr] # noqa: NPY002
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == states[1:]  # noqa: NPY002
 
 
 def test_processes_of_a_machine_leave_room_in_shared_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
