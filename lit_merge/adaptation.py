@@ -105,18 +105,22 @@ class AdaptationSteps(BlockSteps):
         """Merge; what autocast would cast in every layer is made in its type, if the rule hands it on as it is.
 
         A rule that goes on computing with what the bank contracts would do so in half precision; it is asked again.
-        Block by block autocast casts by itself.
+        Nothing of a rule is under autocast, which would multiply matrices of coefficients in half precision. Block by
+        block autocast casts by itself.
         """
         if self.merge_by == "block":
             return super().merged_to_adapt()
         types = self.skeleton.autocast_weights.types(self.device) if self._hands_on else {}
-        with self.bank.contracting_to(types):
-            merged = self.merge(self.bank)
-        if all(name not in types or hasattr(value.grad_fn, "way_back") for name, value in merged.items()):
-            return merged
-        self._hands_on = False
-        del merged
-        return self.merge(self.bank)
+        with torch.autocast(self.device.type, enabled=False):
+            with self.bank.contracting_to(types) as contracted:
+                merged = self.merge(self.bank)
+            made = (value.grad_fn for name, value in merged.items() if value.grad_fn is not None or name in types)
+            ways = {getattr(function, "way_back", None) for function in made}
+            if not types or (None not in ways and ways == contracted):
+                return merged
+            self._hands_on = False
+            del merged
+            return self.merge(self.bank)
 
     def _chunk_losses(
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,6 +34,14 @@ class Loader:
         return iter([self.batch] * STEPS)
 
 
+def fit(module: Any, suite: ToySuite) -> None:
+    trainer = MergeTrainer(
+        max_epochs=1, accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, train_dataloaders=Loader(suite))
+
+
 def adapted(module: Any, suite: ToySuite, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[set[Any]]]:
     """Logits of every pass, and the types of the weights in it."""
     logits, types = [], []
@@ -46,11 +54,7 @@ def adapted(module: Any, suite: ToySuite, monkeypatch: pytest.MonkeyPatch) -> tu
 
     with monkeypatch.context() as patch:
         patch.setattr(Skeleton, "forward", forward)
-        trainer = MergeTrainer(
-            max_epochs=1, accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
-        )  # fmt: skip
-        trainer.fit(module, train_dataloaders=Loader(suite))
+        fit(module, suite)
     return [x.detach() for x in logits], types
 
 
@@ -121,14 +125,50 @@ def test_only_what_autocast_casts_whole_and_always() -> None:
     assert skeleton.autocast_weights.types(torch.device("cpu")) == {}
 
 
-def test_a_rule_that_computes_with_what_is_contracted_keeps_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Halved(AdaMerging):
-        def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
-            return {name: 0.5 * value for name, value in super().merge(bank).items()}
+class Halved(AdaMerging):
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        return {name: 0.5 * value for name, value in super().merge(bank).items()}
 
+
+class Shifted(AdaMerging):
+    """Only what stays in single precision is computed with the others."""
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        merged = super().merge(bank)
+        size = sum(value.sum() for name, value in merged.items() if "ln" not in name)
+        return {name: value + 0 * size if "ln" in name else value for name, value in merged.items()}
+
+
+class Twice(AdaMerging):
+    """Merges to find out how strongly to merge."""
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        assert not torch.is_autocast_enabled("cpu")
+        size = torch.stack([value.norm() for value in super().merge(bank).values()])
+        return bank.contract(self.weights() * size / size.mean())
+
+
+@pytest.mark.parametrize("rule", [Halved, Shifted, Twice])
+def test_a_rule_that_computes_with_what_is_contracted_keeps_its_precision(
+    rule: type[AdaMerging], monkeypatch: pytest.MonkeyPatch
+) -> None:
     suite = ToySuite("vit")
-    types = adapted(Halved(suite=suite), suite, monkeypatch)[1]
+    types = adapted(rule(suite=suite), suite, monkeypatch)[1]
     assert types == [{torch.float32}] * STEPS
+
+
+@pytest.mark.parametrize("merge_by", ["network", "block"])
+def test_a_rule_multiplies_its_matrices_in_single_precision(merge_by: Literal["network", "block"]) -> None:
+    class Mixed(AdaMerging):
+        def weights(self) -> Tensor:
+            return self.coefficients @ torch.eye(self.coefficients.shape[1])
+
+    suite, found = ToySuite("vit"), []
+    for rule in (Mixed, AdaMerging):
+        module = rule(suite=suite, merge_by=merge_by)
+        fit(module, suite)
+        found.append(module.coefficients.detach())
+    assert torch.equal(*found)
 
 
 def test_sums_over_chunks_are_in_single_precision() -> None:
