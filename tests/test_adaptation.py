@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from testers import TINY
+from torch.multiprocessing.reductions import StorageWeakRef
 from toys import ToySuite
 
 from lit_merge import AdaMerging, MergeTrainer, TaskDataModule
@@ -71,6 +72,18 @@ def test_as_many_images_as_the_budget_is_enough_for() -> None:
     torch.testing.assert_close(auto.coefficients, together.coefficients, rtol=1e-5, atol=1e-6)
     assert len(_fitted(suite, max_images="auto")[1]) == 2  # the default is plenty
     assert len(_fitted(suite, max_images="auto", activation_budget=1)[1]) == 10  # a task is not split
+
+
+def test_measuring_keeps_nothing() -> None:
+    x, seen = torch.ones(5, requires_grad=True), []
+
+    def run() -> torch.Tensor:
+        result = x.exp()
+        seen.append(StorageWeakRef(result.untyped_storage()))
+        return result.sigmoid()
+
+    assert saved_bytes(run) == 40
+    assert seen[0].expired()
 
 
 def test_every_shape_of_images_has_a_limit_of_its_own() -> None:

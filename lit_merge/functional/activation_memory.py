@@ -26,7 +26,7 @@ def saved_bytes(run: Callable[[], object]) -> int:
     def pack(value: Tensor) -> Tensor:
         # a storage that is kept cannot have its address given to another one
         kept.setdefault(value.untyped_storage().data_ptr(), value.detach())
-        return value
+        return value.detach()  # the result of a function would keep the function that keeps it, for ever
 
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda value: value):
         run()
