@@ -14,9 +14,9 @@ from lit_merge.autocast_weights import autocast_type
 from lit_merge.block_steps import BlockSteps
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
-from lit_merge.functional.activation_memory import bytes_per_image
+from lit_merge.functional.activation_memory import bytes_per_image, saved_bytes
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
-from lit_merge.lazy_weights import detached
+from lit_merge.lazy_weights import LazyWeights, detached
 from lit_merge.objectives import Objective, TaskOutput
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton
@@ -161,9 +161,16 @@ class AdaptationSteps(BlockSteps):
     def _bytes_per_image(self, state: Mapping[str, Tensor], task: str, image: Tensor) -> int:
         key = (image.shape, autocast_type(self.device))
         if key not in self._image_bytes:
-            still = {n: x.detach().requires_grad_(n not in self.skeleton.buffers_of) for n, x in state.items()}
-            found = bytes_per_image(lambda images: self.head(task)(self.skeleton(still, images)), image)
-            again = self.perturbations is not None and self.objective.ascent is not None
+            saved = saved_bytes
+            if isinstance(state, LazyWeights):  # stay so
+                saved = self.skeleton.by_block.saved_bytes
+            else:
+                fixed = self.skeleton.buffers_of
+                state = {
+                    n: x.detach().requires_grad_(n not in fixed and x.is_floating_point()) for n, x in state.items()
+                }
+            found = bytes_per_image(lambda images: self.head(task)(self.skeleton(state, images)), image, saved)
+            again = self.objective.ascent is not None or type(self).perturbed is not AdaptationSteps.perturbed
             self._image_bytes[key] = found * (2 if again else 1)  # the same images go once more, perturbed
         return self._image_bytes[key]
 

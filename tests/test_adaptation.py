@@ -16,6 +16,7 @@ from lit_merge.data import UnlabelledBatch
 from lit_merge.data.loaders import StreamSampler
 from lit_merge.data.parts import split_batches
 from lit_merge.functional.activation_memory import saved_bytes
+from lit_merge.methods import AWM
 from lit_merge.objectives import Entropy
 
 
@@ -91,6 +92,17 @@ def test_every_shape_of_images_has_a_limit_of_its_own() -> None:
     batch = {t: UnlabelledBatch(torch.zeros(2, 1, n, n), torch.arange(2)) for t, n in sizes.items()}
     limits = {torch.Size([1, 4, 4]): 4, torch.Size([1, 8, 8]): 3}
     assert chunks(batch, limits) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_what_goes_once_more_and_what_is_made_again_is_counted() -> None:
+    found = []
+    for make, merge_by in ((AdaMerging, "network"), (AWM, "network"), (AdaMerging, "block")):
+        module = make(suite=ToySuite("vit"), merge_by=merge_by, max_images="auto")
+        MergeTrainer(**TINY).fit(module, datamodule=TaskDataModule(module.suite, batch_size=2, steps_per_epoch=1))
+        found += module._image_bytes.values()
+    plain, perturbed, by_block = found
+    assert perturbed == 2 * plain
+    assert plain / 2 < by_block < plain * 2 / 3  # the inside of one block of two
 
 
 class _Greedy(Entropy):
