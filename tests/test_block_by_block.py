@@ -265,7 +265,7 @@ def test_two_ranks_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         close(rank, alone)
 
 
-def test_lazy_weights_are_a_state_dict() -> None:
+def test_lazy_weights_are_a_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = ToySuite("tied", dtype="float64")
     module = AdaMerging(suite=suite)
     module.configure_model()
@@ -275,6 +275,10 @@ def test_lazy_weights_are_a_state_dict() -> None:
         lazy = module.complete(module.bank.contract(coefficients))
     assert dict(lazy).keys() == expected.keys()
     assert len(lazy) == len(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "merged", None)
+        assert "stem.weight" in lazy
+        assert "stem" not in lazy
     assert all(torch.equal(lazy[name], value) for name, value in expected.items())
     learned = torch.ones_like(expected["stem.bias"]).requires_grad_()
     changed = lazy | {"stem.bias": learned * 2}
