@@ -82,6 +82,14 @@ class AdaptationSteps(BlockSteps):
         self.max_images, self.activation_budget = max_images, activation_budget
         self._image_bytes = {}
 
+    def on_train_batch_start(self, batch: Batches, batch_idx: int) -> int | None:
+        """Find out which weights autocast casts before the first step, so that a run that goes on makes them alike."""
+        if self.merge_by == "network" and self.skeleton.autocast_weights.names is None:
+            with self.trainer.precision_plugin.train_step_context(), torch.enable_grad():
+                if autocast_type(self.device) is not None:
+                    self.skeleton(self._as_leaves(self.bank.base), next(iter(batch.values())).images[:1])
+        return None
+
     def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
         """Take the loss of one unlabelled batch of every task; the losses of the tasks are summed.
 
@@ -165,14 +173,15 @@ class AdaptationSteps(BlockSteps):
             if isinstance(state, LazyWeights):  # stay so
                 saved = self.skeleton.by_block.saved_bytes
             else:
-                fixed = self.skeleton.buffers_of
-                state = {
-                    n: x.detach().requires_grad_(n not in fixed and x.is_floating_point()) for n, x in state.items()
-                }
+                state = self._as_leaves(state)
             found = bytes_per_image(lambda images: self.head(task)(self.skeleton(state, images)), image, saved)
             again = self.objective.ascent is not None or type(self).perturbed is not AdaptationSteps.perturbed
             self._image_bytes[key] = found * (2 if again else 1)  # the same images go once more, perturbed
         return self._image_bytes[key]
+
+    def _as_leaves(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fixed = self.skeleton.buffers_of
+        return {n: x.detach().requires_grad_(n not in fixed and x.is_floating_point()) for n, x in state.items()}
 
     def perturbed(
         self, state: Mapping[str, Tensor], batch: Batches, logits: Mapping[str, Tensor]
