@@ -231,11 +231,11 @@ class TaskVectors(nn.Module):
     @contextmanager
     def lazily(self) -> Iterator[None]:
         """Within it, :meth:`contract` returns a recipe, :class:`~lit_merge.lazy_weights.LazyWeights`."""
-        self._lazy = True
+        before, self._lazy = self._lazy, True
         try:
             yield
         finally:
-            self._lazy = False
+            self._lazy = before
 
     def contracting_to(self, types: Mapping[str, torch.dtype]) -> AbstractContextManager[set[WayBack | None]]:
         """Within it, :meth:`contract` rounds tensors to these types, by name, unless they are float64."""
