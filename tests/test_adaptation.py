@@ -95,7 +95,7 @@ def test_every_shape_of_images_has_a_limit_of_its_own() -> None:
 
 
 def test_what_goes_once_more_and_what_is_made_again_is_counted() -> None:
-    found = []
+    found: list[int] = []
     for make, merge_by in ((AdaMerging, "network"), (AWM, "network"), (AdaMerging, "block")):
         module = make(suite=ToySuite("vit"), merge_by=merge_by, max_images="auto")
         MergeTrainer(**TINY).fit(module, datamodule=TaskDataModule(module.suite, batch_size=2, steps_per_epoch=1))
