@@ -14,9 +14,9 @@ from lit_merge.autocast_weights import autocast_type
 from lit_merge.block_steps import BlockSteps
 from lit_merge.data.batches import UnlabelledBatch
 from lit_merge.errors import MergeError
-from lit_merge.functional.activation_memory import bytes_per_image
+from lit_merge.functional.activation_memory import bytes_per_image, saved_bytes
 from lit_merge.functional.leaf_gradient import leaf_loss, leaves
-from lit_merge.lazy_weights import detached
+from lit_merge.lazy_weights import LazyWeights, detached
 from lit_merge.objectives import Objective, TaskOutput
 from lit_merge.perturbations import UniversalPerturbations
 from lit_merge.skeleton import Skeleton
@@ -82,6 +82,14 @@ class AdaptationSteps(BlockSteps):
         self.max_images, self.activation_budget = max_images, activation_budget
         self._image_bytes = {}
 
+    def on_train_batch_start(self, batch: Batches, batch_idx: int) -> int | None:
+        """Find out which weights autocast casts before the first step, so that a run that goes on makes them alike."""
+        if self.merge_by == "network" and self.skeleton.autocast_weights.names is None:
+            with self.trainer.precision_plugin.train_step_context(), torch.enable_grad():
+                if autocast_type(self.device) is not None:
+                    self.skeleton(self._as_leaves(self.bank.base), next(iter(batch.values())).images[:1])
+        return None
+
     def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:
         """Take the loss of one unlabelled batch of every task; the losses of the tasks are summed.
 
@@ -105,18 +113,22 @@ class AdaptationSteps(BlockSteps):
         """Merge; what autocast would cast in every layer is made in its type, if the rule hands it on as it is.
 
         A rule that goes on computing with what the bank contracts would do so in half precision; it is asked again.
-        Block by block autocast casts by itself.
+        Nothing of a rule is under autocast, which would multiply matrices of coefficients in half precision. Block by
+        block autocast casts by itself.
         """
         if self.merge_by == "block":
             return super().merged_to_adapt()
         types = self.skeleton.autocast_weights.types(self.device) if self._hands_on else {}
-        with self.bank.contracting_to(types):
-            merged = self.merge(self.bank)
-        if all(name not in types or hasattr(value.grad_fn, "way_back") for name, value in merged.items()):
-            return merged
-        self._hands_on = False
-        del merged
-        return self.merge(self.bank)
+        with torch.autocast(self.device.type, enabled=False):
+            with self.bank.contracting_to(types) as contracted:
+                merged = self.merge(self.bank)
+            made = (value.grad_fn for name, value in merged.items() if value.grad_fn is not None or name in types)
+            ways = {getattr(function, "way_back", None) for function in made}
+            if not types or (None not in ways and ways == contracted):
+                return merged
+            self._hands_on = False
+            del merged
+            return self.merge(self.bank)
 
     def _chunk_losses(
         self, state: dict[str, Tensor], batch: Batches, outputs: dict[str, Tensor], losses: dict[str, Tensor]
@@ -157,11 +169,19 @@ class AdaptationSteps(BlockSteps):
     def _bytes_per_image(self, state: Mapping[str, Tensor], task: str, image: Tensor) -> int:
         key = (image.shape, autocast_type(self.device))
         if key not in self._image_bytes:
-            still = {n: x.detach().requires_grad_(n not in self.skeleton.buffers_of) for n, x in state.items()}
-            found = bytes_per_image(lambda images: self.head(task)(self.skeleton(still, images)), image)
-            again = self.perturbations is not None and self.objective.ascent is not None
+            saved = saved_bytes
+            if isinstance(state, LazyWeights):  # stay so
+                saved = self.skeleton.by_block.saved_bytes
+            else:
+                state = self._as_leaves(state)
+            found = bytes_per_image(lambda images: self.head(task)(self.skeleton(state, images)), image, saved)
+            again = self.objective.ascent is not None or type(self).perturbed is not AdaptationSteps.perturbed
             self._image_bytes[key] = found * (2 if again else 1)  # the same images go once more, perturbed
         return self._image_bytes[key]
+
+    def _as_leaves(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        fixed = self.skeleton.buffers_of
+        return {n: x.detach().requires_grad_(n not in fixed and x.is_floating_point()) for n, x in state.items()}
 
     def perturbed(
         self, state: Mapping[str, Tensor], batch: Batches, logits: Mapping[str, Tensor]

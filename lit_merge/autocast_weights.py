@@ -45,14 +45,16 @@ class AutocastWeights:
 
     @contextmanager
     def watching(self, network: nn.Module, tied: Mapping[str, str], device: torch.device) -> Iterator[None]:
-        """Look on while the network runs, if it is for the first time under autocast.
+        """Look on while the network runs, if it is for the first time under autocast and with gradients.
+
+        Without them, layers of PyTorch's own may go a way of their own past the modules that they are made of.
 
         Args:
             network: What runs.
             tied: Second names of tied weights.
             device: Of the images.
         """
-        if self.names is not None or autocast_type(device) is None:
+        if self.names is not None or autocast_type(device) is None or not torch.is_grad_enabled():
             yield
             return
         within: dict[nn.Module, bool] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from lit_merge.errors import MergeError
+from lit_merge.functional.activation_memory import saved_bytes
 from lit_merge.lazy_weights import LazyWeights
 
 __all__ = ("BlockByBlock", "numbered_blocks")
@@ -67,6 +69,7 @@ class BlockByBlock:
 
     def __init__(self, network: nn.Module, keys: Sequence[str]) -> None:
         self.keys = tuple(keys)
+        self._around: Callable[[Callable[[], Any]], Any] = _plainly
         self._use(network, tuple(numbered_blocks(network)))
 
     def _use(self, network: nn.Module, blocks: tuple[str, ...]) -> None:
@@ -123,6 +126,25 @@ class BlockByBlock:
                        "it is merged for a whole pass, like all that is outside of blocks")  # fmt: skip
         return result
 
+    def saved_bytes(self, run: Callable[[], object]) -> int:
+        """Return the bytes that are kept of a pass for its way back, and those within one block, which it makes again.
+
+        Args:
+            run: Runs the network, with :meth:`run`.
+        """
+        inside = [0]
+
+        def measured(block: Callable[[], Any]) -> Any:  # noqa: ANN401
+            results: list[Any] = []
+            inside.append(saved_bytes(lambda: results.append(block())))
+            return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), results.pop())
+
+        self._around = measured
+        try:
+            return saved_bytes(run) + max(inside)
+        finally:
+            self._around = _plainly
+
     @contextmanager
     def _diverted(self, network: nn.Module, state: LazyWeights, called: set[str]) -> Iterator[None]:
         """Within it, blocks of the network run with weights of the state."""
@@ -130,7 +152,7 @@ class BlockByBlock:
         before = {prefix: own["forward"] for prefix, o in owners.items() if "forward" in (own := vars(o))}  # a hook's
         try:
             for prefix, owner in owners.items():
-                run = _Run(owner, state, prefix, self._names[prefix])
+                run = _Run(owner, state, prefix, self._names[prefix], self._around)
 
                 def forward(*args: Any, run: _Run = run, prefix: str = prefix, **kwargs: Any) -> Any:  # noqa: ANN401
                     result = run(*args, **kwargs)
@@ -154,10 +176,18 @@ class _Run:
         state: Where its weights come from.
         prefix: Its name.
         names: Names of its tensors.
+        around: Is given what runs the block, and runs it.
     """
 
-    def __init__(self, block: nn.Module, state: LazyWeights, prefix: str, names: Sequence[str]) -> None:
-        self.block, self.state, self.prefix, self.names = _Bare(block), state, prefix, names
+    def __init__(
+        self,
+        block: nn.Module,
+        state: LazyWeights,
+        prefix: str,
+        names: Sequence[str],
+        around: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        self.block, self.state, self.prefix, self.names, self.around = _Bare(block), state, prefix, names, around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the block takes
         keys = list(kwargs)
@@ -166,12 +196,15 @@ class _Run:
             weights = self.state.tensors(self.names)
             own = {f"block{name.removeprefix(self.prefix)}": weights.pop(name) for name in self.names}
             count = len(values) - len(keys)
-            return functional_call(
-                self.block, own, values[:count], dict(zip(keys, values[count:], strict=True)), tie_weights=False
-            )
+            options = dict(zip(keys, values[count:], strict=True))
+            return self.around(lambda: functional_call(self.block, own, values[:count], options, tie_weights=False))
 
         values = (*args, *kwargs.values())  # tensors at the top, where changes in place are noticed
         return checkpoint(run, *values, use_reentrant=False) if torch.is_grad_enabled() else run(*values)
+
+
+def _plainly(run: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever a block returns
+    return run()
 
 
 class _Bare(nn.Module):

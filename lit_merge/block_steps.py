@@ -6,6 +6,7 @@ from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lit_merge.errors import MergeError
@@ -57,7 +58,7 @@ class BlockSteps(EvaluationSteps):
         Raises:
             MergeError: The method merges in a way that has no recipe.
         """
-        with self.recipes():
+        with self.recipes(), torch.autocast(self.device.type, enabled=False):  # coefficients are not for half precision
             merged = self.merge(self.bank)
         if self.merge_by == "block" and not isinstance(merged, LazyWeights):
             raise MergeError(

@@ -59,6 +59,9 @@ class LazyWeights(Sourced):
     def __iter__(self) -> Iterator[str]:
         yield from dict.fromkeys([*self._columns, *self._given, *self._aliases])
 
+    def __contains__(self, name: object) -> bool:  # not by merging it
+        return name in self._columns or name in self._given or name in self._aliases
+
     def __len__(self) -> int:
         return len({*self._columns, *self._given, *self._aliases})
 

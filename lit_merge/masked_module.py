@@ -185,11 +185,11 @@ class MaskedMergeModule(MergeModule):
         scale = self._loss_scale()
         for weight in weights.values():
             weight.requires_grad_()
-        gradients = Gradients(weights, {} if into is None else {n: _times(into[n], scale) for n in into})
         total = torch.zeros((), device=self.device)
-        for loss in losses(self.complete(weights)):
-            accumulate(loss * scale, weights)
-            total += loss.detach()
+        with Gradients(weights, {} if into is None else {n: _times(into[n], scale) for n in into}) as gradients:
+            for loss in losses(self.complete(weights)):
+                accumulate(loss * scale, weights)
+                total += loss.detach()
         return total, {name: _times(gradient, 1 / scale) for name, gradient in gradients.sums.items()}
 
     def pull_back(

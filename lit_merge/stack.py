@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lit_merge.contract import contract
+from lit_merge.contract import WayBack, contract
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask, pulled
 from lit_merge.storage.base import Block, Storage, StorageFactory, layout_of
@@ -52,6 +52,7 @@ class Stack(nn.Module):
         self.names, self.compute_dtype = self.layout.names, self.layout.compute_dtype
         self._columns = self.layout.columns()
         self.types: dict[str, torch.dtype] = {}
+        self._contracted: set[WayBack | None] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -137,8 +138,11 @@ class Stack(nn.Module):
         return new
 
     @contextmanager
-    def contracting_to(self, types: Mapping[str, torch.dtype]) -> Iterator[None]:
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> Iterator[set[WayBack | None]]:
         """Let :meth:`contract` return some tensors in other types; see :meth:`lit_merge.TaskVectors.contracting_to`.
+
+        Yields:
+            The ways back of what is contracted, as it is contracted; ``None`` is that of what has none.
 
         >>> stack = Stack(["w"], {"w": torch.ones(2)}, 1)
         >>> with stack.contracting_to({"w": torch.bfloat16}):
@@ -146,14 +150,18 @@ class Stack(nn.Module):
         torch.bfloat16
         """
         self.types, before = dict(types), self.types
+        self._contracted, others = set[WayBack | None](), self._contracted
         try:
-            yield
+            yield self._contracted
         finally:
-            self.types = before
+            self.types, self._contracted = before, others
 
     def contract(self, coefficients: Tensor, mask: Mask | None = None) -> dict[str, Tensor]:
         """Merge with coefficients ``(T, L)`` and a mask; see :meth:`lit_merge.TaskVectors.contract`."""
-        return dict(zip(self.names, contract(coefficients, self, mask), strict=True))
+        merged = dict(zip(self.names, contract(coefficients, self, mask), strict=True))
+        if self._contracted is not None:
+            self._contracted |= {getattr(value.grad_fn, "way_back", None) for value in merged.values()}
+        return merged
 
     def combine(self, coefficients: Tensor) -> tuple[Tensor, ...]:
         """Forward half of :meth:`contract`: one pass over the bank."""

@@ -107,7 +107,9 @@ class StreamSteps(AdaptationSteps, StageSteps):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:  # noqa: ANN401
         """Pass over the epochs of the first expert, and all of a method that learns nothing."""
-        return -1 if self.progress is not None and (self.adopting or not self._in_stage) else None
+        if self.progress is not None and (self.adopting or not self._in_stage):
+            return -1
+        return super().on_train_batch_start(batch, batch_idx)
 
     def on_stage_start(self) -> None:
         """Be told that :attr:`bank` has the expert of another stage; for what is precomputed from it."""

@@ -14,6 +14,7 @@ from lit_merge.checkpoints.checks import check_tied, common_layout
 from lit_merge.checkpoints.digests import read_hashed
 from lit_merge.checkpoints.threads import in_threads
 from lit_merge.coefficients import Coefficient, Granularity, Tying, per_tensor, spread, tying
+from lit_merge.contract import WayBack
 from lit_merge.errors import MergeError
 from lit_merge.functional.masked import Mask
 from lit_merge.lazy_weights import LazyWeights
@@ -230,14 +231,14 @@ class TaskVectors(nn.Module):
     @contextmanager
     def lazily(self) -> Iterator[None]:
         """Within it, :meth:`contract` returns a recipe, :class:`~lit_merge.lazy_weights.LazyWeights`."""
-        self._lazy = True
+        before, self._lazy = self._lazy, True
         try:
             yield
         finally:
-            self._lazy = False
+            self._lazy = before
 
-    def contracting_to(self, types: Mapping[str, torch.dtype]) -> AbstractContextManager[None]:
-        """Within it, :meth:`contract` rounds tensors to these types, by name; float64 tensors stay as they are."""
+    def contracting_to(self, types: Mapping[str, torch.dtype]) -> AbstractContextManager[set[WayBack | None]]:
+        """Within it, :meth:`contract` rounds tensors to these types, by name, unless they are float64."""
         return self._weights.contracting_to(types)
 
     def pull_back(

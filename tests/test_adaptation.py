@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from testers import TINY
+from torch.multiprocessing.reductions import StorageWeakRef
 from toys import ToySuite
 
 from lit_merge import AdaMerging, MergeTrainer, TaskDataModule
@@ -15,6 +16,7 @@ from lit_merge.data import UnlabelledBatch
 from lit_merge.data.loaders import StreamSampler
 from lit_merge.data.parts import split_batches
 from lit_merge.functional.activation_memory import saved_bytes
+from lit_merge.methods import AWM
 from lit_merge.objectives import Entropy
 
 
@@ -73,11 +75,34 @@ def test_as_many_images_as_the_budget_is_enough_for() -> None:
     assert len(_fitted(suite, max_images="auto", activation_budget=1)[1]) == 10  # a task is not split
 
 
+def test_measuring_keeps_nothing() -> None:
+    x, seen = torch.ones(5, requires_grad=True), []
+
+    def run() -> torch.Tensor:
+        result = x.exp()
+        seen.append(StorageWeakRef(result.untyped_storage()))
+        return result.sigmoid()
+
+    assert saved_bytes(run) == 40
+    assert seen[0].expired()
+
+
 def test_every_shape_of_images_has_a_limit_of_its_own() -> None:
     sizes = {"a": 4, "b": 4, "c": 8, "d": 8}
     batch = {t: UnlabelledBatch(torch.zeros(2, 1, n, n), torch.arange(2)) for t, n in sizes.items()}
     limits = {torch.Size([1, 4, 4]): 4, torch.Size([1, 8, 8]): 3}
     assert chunks(batch, limits) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_what_goes_once_more_and_what_is_made_again_is_counted() -> None:
+    found: list[int] = []
+    for make, merge_by in ((AdaMerging, "network"), (AWM, "network"), (AdaMerging, "block")):
+        module = make(suite=ToySuite("vit"), merge_by=merge_by, max_images="auto")
+        MergeTrainer(**TINY).fit(module, datamodule=TaskDataModule(module.suite, batch_size=2, steps_per_epoch=1))
+        found += module._image_bytes.values()
+    plain, perturbed, by_block = found
+    assert perturbed == 2 * plain
+    assert plain / 2 < by_block < plain * 2 / 3  # the inside of one block of two
 
 
 class _Greedy(Entropy):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -34,8 +35,17 @@ class Loader:
         return iter([self.batch] * STEPS)
 
 
+def fit(module: Any, suite: ToySuite, epochs: int = 1, path: Path | None = None) -> MergeTrainer:
+    trainer = MergeTrainer(
+        max_epochs=epochs, accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, train_dataloaders=Loader(suite), ckpt_path=path)
+    return trainer
+
+
 def adapted(module: Any, suite: ToySuite, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[set[Any]]]:
-    """Logits of every pass, and the types of the weights in it."""
+    """Logits of every pass, and the types of the weights in it, but for the first: that is of the base, to look on."""
     logits, types = [], []
     original = Skeleton.forward
 
@@ -46,12 +56,8 @@ def adapted(module: Any, suite: ToySuite, monkeypatch: pytest.MonkeyPatch) -> tu
 
     with monkeypatch.context() as patch:
         patch.setattr(Skeleton, "forward", forward)
-        trainer = MergeTrainer(
-            max_epochs=1, accelerator="cpu", precision="bf16-mixed", logger=False, enable_progress_bar=False,
-            enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0,
-        )  # fmt: skip
-        trainer.fit(module, train_dataloaders=Loader(suite))
-    return [x.detach() for x in logits], types
+        fit(module, suite)
+    return [x.detach() for x in logits[1:]], types[1:]
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn", "tied"])
@@ -66,7 +72,7 @@ def test_same_logits_as_with_autocasts_own_casts(
     monkeypatch.setattr(AutocastWeights, "types", lambda *_: {})
     expected, before = adapted(plain, suite, monkeypatch)
     passes = len(found) // STEPS
-    assert all(torch.bfloat16 in one for one in types[passes:])
+    assert all(torch.bfloat16 in one for one in types)
     assert not any(torch.bfloat16 in one for one in before)
     for a, b in zip(found[: 2 * passes], expected[: 2 * passes], strict=True):
         assert torch.equal(a, b)
@@ -81,8 +87,8 @@ def test_masks_are_learned_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutocastWeights, "types", lambda *_: {})
     plain = ConcreteMerging(suite=suite, mask_steps=2)
     expected, _ = adapted(plain, suite, monkeypatch)
-    assert all(torch.bfloat16 in one for one in types[1:])
-    assert torch.equal(found[1], expected[1])
+    assert all(torch.bfloat16 in one for one in types)
+    assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(module.logits, plain.logits, rtol=1e-5, atol=1e-7)
 
 
@@ -121,14 +127,60 @@ def test_only_what_autocast_casts_whole_and_always() -> None:
     assert skeleton.autocast_weights.types(torch.device("cpu")) == {}
 
 
-def test_a_rule_that_computes_with_what_is_contracted_keeps_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Halved(AdaMerging):
-        def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
-            return {name: 0.5 * value for name, value in super().merge(bank).items()}
+class Halved(AdaMerging):
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        return {name: 0.5 * value for name, value in super().merge(bank).items()}
 
+
+class Shifted(AdaMerging):
+    """Only what stays in single precision is computed with the others."""
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        merged = super().merge(bank)
+        size = sum(value.sum() for name, value in merged.items() if "ln" not in name)
+        return {name: value + 0 * size if "ln" in name else value for name, value in merged.items()}
+
+
+class Twice(AdaMerging):
+    """Merges to find out how strongly to merge."""
+
+    def merge(self, bank: TaskVectors) -> dict[str, Tensor]:
+        assert not torch.is_autocast_enabled("cpu")
+        size = torch.stack([value.norm() for value in super().merge(bank).values()])
+        return bank.contract(self.weights() * size / size.mean())
+
+
+@pytest.mark.parametrize("rule", [Halved, Shifted, Twice])
+def test_a_rule_that_computes_with_what_is_contracted_keeps_its_precision(
+    rule: type[AdaMerging], monkeypatch: pytest.MonkeyPatch
+) -> None:
     suite = ToySuite("vit")
-    types = adapted(Halved(suite=suite), suite, monkeypatch)[1]
+    types = adapted(rule(suite=suite), suite, monkeypatch)[1]
     assert types == [{torch.float32}] * STEPS
+
+
+def test_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    suite = ToySuite("tied")  # two gradients of a weight are added up in its own type
+    found = [AdaMerging(suite=suite) for _ in range(3)]
+    fit(found[0], suite, epochs=2)
+    fit(found[1], suite).save_checkpoint(tmp_path / "half.ckpt")
+    fit(found[2], suite, epochs=2, path=tmp_path / "half.ckpt")
+    assert torch.equal(found[2].coefficients, found[0].coefficients)
+    assert not torch.equal(found[1].coefficients, found[0].coefficients)
+
+
+@pytest.mark.parametrize("merge_by", ["network", "block"])
+def test_a_rule_multiplies_its_matrices_in_single_precision(merge_by: Literal["network", "block"]) -> None:
+    class Mixed(AdaMerging):
+        def weights(self) -> Tensor:
+            return self.coefficients @ torch.eye(self.coefficients.shape[1])
+
+    suite, found = ToySuite("vit"), []
+    for rule in (Mixed, AdaMerging):
+        module = rule(suite=suite, merge_by=merge_by)
+        fit(module, suite)
+        found.append(module.coefficients.detach())
+    assert torch.equal(*found)
 
 
 def test_sums_over_chunks_are_in_single_precision() -> None:

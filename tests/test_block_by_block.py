@@ -184,17 +184,17 @@ class Alive:
         self.most = max(self.most, sum(size for _, size in self._known.values()))
 
 
-@pytest.mark.parametrize("kind", ["vit", "open_clip", "hugging_face"])
-def test_one_block_is_alive_at_a_time(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "most"), [("vit", 5), ("vit", "auto"), ("open_clip", 5), ("hugging_face", 5)])
+def test_one_block_is_alive_at_a_time(tmp_path: Path, kind: str, most: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     suite = suite_of(kind, tmp_path)
-    module = AdaMerging(suite=suite, merge_by="block", max_images=5)
+    module = AdaMerging(suite=suite)
     module.configure_model()
     sizes = dict(zip(module.bank.names, module.bank.sizes, strict=True))
     blocks = [sum(n for name, n in sizes.items() if name.startswith(f"{block}.")) for block in BLOCKS[kind]]
     outside = sum(sizes.values()) - sum(blocks)
     del module
     alive = Alive(monkeypatch)
-    step(AdaMerging(suite=suite, merge_by="block", max_images=5))
+    step(AdaMerging(suite=suite, merge_by="block", max_images=most))
     bound = 8 * (max(blocks) + outside + max(sizes.values()))  # a weight and its gradient pass each other
     assert 8 * (max(blocks) + outside) <= alive.most <= bound
     assert bound < 8 * sum(sizes.values())
@@ -265,7 +265,7 @@ def test_two_ranks_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         close(rank, alone)
 
 
-def test_lazy_weights_are_a_state_dict() -> None:
+def test_lazy_weights_are_a_state_dict(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = ToySuite("tied", dtype="float64")
     module = AdaMerging(suite=suite)
     module.configure_model()
@@ -275,6 +275,10 @@ def test_lazy_weights_are_a_state_dict() -> None:
         lazy = module.complete(module.bank.contract(coefficients))
     assert dict(lazy).keys() == expected.keys()
     assert len(lazy) == len(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "merged", None)
+        assert "stem.weight" in lazy
+        assert "stem" not in lazy
     assert all(torch.equal(lazy[name], value) for name, value in expected.items())
     learned = torch.ones_like(expected["stem.bias"]).requires_grad_()
     changed = lazy | {"stem.bias": learned * 2}

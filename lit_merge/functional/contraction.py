@@ -11,6 +11,7 @@ from lit_merge.functional import contraction_cuda
 
 __all__ = ("inner_products", "weighted_sum")
 
+_FARTHEST = 2**31 - 1
 _BLOCK = 2**16  # entries that are converted at once, so that they stay in the cache; a divisor of a streamed piece
 
 
@@ -34,7 +35,7 @@ def weighted_sum(
         return contraction_cuda.weighted_sum(rows, weights, base, end)
     same = all(dtype == weights.dtype for dtype in types)
     if rows.device.type != "cpu" or (rows.dtype == weights.dtype and same):
-        wide = rows.to(weights.dtype)
+        wide = _near(rows.to(weights.dtype))
         found = wide.T.mv(weights) if base is None else torch.addmv(base, wide.T, weights)
         return _through(found, types)
     result = torch.empty(rows.shape[1], dtype=end)
@@ -65,7 +66,7 @@ def inner_products(rows: Tensor, vector: Tensor, dtype: torch.dtype | None = Non
     if dtype == torch.float32 and contraction_cuda.usable(rows, vector.dtype):
         return contraction_cuda.inner_products(rows, vector)
     if rows.device.type != "cpu" or rows.dtype == vector.dtype == dtype:
-        return rows.to(dtype).mv(vector.to(dtype))
+        return _near(rows.to(dtype)).mv(vector.to(dtype))
     result = torch.zeros(len(rows), dtype=dtype)
     for part, wide in _widened(rows, dtype):
         result += wide.mv(vector[part].to(dtype))
@@ -83,6 +84,11 @@ def _widened(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
             yield part, rows[:, part]
         else:
             yield part, room[:, : part.stop - start].copy_(rows[:, part])
+
+
+def _near(rows: Tensor) -> Tensor:
+    """Rows that BLAS takes: it counts the entries from one to the next, those of a whole network, in 32 bits."""
+    return rows if rows.stride(0) <= _FARTHEST else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _through(value: Tensor, types: Sequence[torch.dtype]) -> Tensor:

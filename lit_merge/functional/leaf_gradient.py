@@ -66,6 +66,8 @@ class WayBack(Protocol):
 class Gradients:
     """Gradients of leaves, summed over losses: in single precision at least, if there is more than one.
 
+    It is a context, after which the leaves collect gradients as others do.
+
     Args:
         weights: Leaves as returned by :func:`leaves`.
         start: Sums to begin with, which are changed.
@@ -80,9 +82,18 @@ class Gradients:
         self.sums: dict[str, Tensor] = dict(start or {})
         self.taken: dict[str, Callable[[Tensor], None]] = {}
         self.last = False
-        for name, leaf in weights.items():
-            if leaf.requires_grad:
-                leaf.register_post_accumulate_grad_hook(partial(self._add, name))
+        self._hooks = [
+            leaf.register_post_accumulate_grad_hook(partial(self._add, name))
+            for name, leaf in weights.items()
+            if leaf.requires_grad
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     @torch.no_grad()
     def _add(self, name: str, leaf: Tensor) -> None:
@@ -174,16 +185,16 @@ def leaf_loss(
     (40.0, 40.0)
     """
     made = not isinstance(merged, Sourced)
-    gradients = Gradients(weights if made else {})
     ways, plain = _ways_back(merged if made else {})
-    for way, names in ways:
-        if way.one_by_one:
-            gradients.taken |= {name: partial(way.take, column) for column, name in names.items()}
     total: Tensor | None = None
-    for number, loss in enumerate(losses, 1):
-        gradients.last = number == count
-        accumulate(loss * scale, weights)
-        total = loss.detach() if total is None else total + loss.detach()
+    with Gradients(weights if made else {}) as gradients:
+        for way, names in ways:
+            if way.one_by_one:
+                gradients.taken |= {name: partial(way.take, column) for column, name in names.items()}
+        for number, loss in enumerate(losses, 1):
+            gradients.last = number == count
+            accumulate(loss * scale, weights)
+            total = loss.detach() if total is None else total + loss.detach()
     if total is None:
         total = torch.zeros(())
     if isinstance(merged, Sourced) and isinstance(weights, Sourced):

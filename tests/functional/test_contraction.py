@@ -37,6 +37,25 @@ def test_blocks_change_nothing(
     torch.testing.assert_close(products, exact.float(), rtol=1e-5, atol=1e-5)  # nothing was rounded to half precision
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_rows_of_networks_beyond_32_bits(tasks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # CUDA's BLAS refuses a stride of 2**31 and more
+    bank = torch.randn(tasks, 50, generator=torch.Generator().manual_seed(0))
+    rows, weights, vector = bank[:, 4:20], torch.rand(tasks), torch.rand(16)
+    expected = weighted_sum(rows, weights), inner_products(rows, vector)
+    strides, plain = list[int](), torch.Tensor.mv
+
+    def noted(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        strides.extend(matrix.stride())
+        return plain(matrix, vector)
+
+    monkeypatch.setattr(torch.Tensor, "mv", noted)
+    monkeypatch.setattr(contraction, "_FARTHEST", 49)
+    torch.testing.assert_close((weighted_sum(rows, weights), inner_products(rows, vector)), expected)
+    assert len(strides) == 4
+    assert max(strides) <= 49
+
+
 def test_two_roundings_are_two() -> None:
     rows = torch.tensor([[1.0 + 2**-9 + 2**-12]])  # float16 keeps 10 bits, so it is 1 + 2**-9 and then a tie
     one = torch.ones(1)

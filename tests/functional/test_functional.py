@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 
 import hypothesis.strategies as st
@@ -132,6 +133,23 @@ def test_leaf_loss_equals_autograd_and_frees_each_graph() -> None:
     expected.backward()
     assert float(loss.detach()) == pytest.approx(2 * float(expected.detach()))
     torch.testing.assert_close(coefficient.grad, plain.grad)
+
+
+def test_leaves_serve_again_after_a_loss_and_after_an_error() -> None:
+    coefficient = torch.tensor(2.0, requires_grad=True)
+    merged = {"w": coefficient * torch.ones(3)}
+    weights = F.leaf_gradient.leaves(merged)
+
+    def broken() -> Iterator[Tensor]:
+        yield weights["w"].sum()
+        raise RuntimeError("no more images")
+
+    with pytest.raises(RuntimeError, match="no more images"):
+        F.leaf_loss(merged, weights, broken())
+    for factor in (1.0, 10.0):
+        F.leaf_loss(merged, weights, [factor * weights["w"].sum()]).backward(retain_graph=True)
+    assert coefficient.grad is not None
+    assert coefficient.grad.item() == 33.0
 
 
 def test_recalibrated_statistics_are_those_of_a_training_pass() -> None:
