@@ -140,9 +140,9 @@ class HostStorage(Storage):
         if (signals := self._signals(rooms)) is not None:
             yield from rotate(order, lambda room, column: self._fill(rooms[room], column, room, signals), signals)
             return
-        for column, after in zip(order, [*order[1:], None], strict=True):
-            if after is not None:
-                self._expect(after)
+        for place, column in enumerate(order, 1):
+            if place < len(order):
+                self._expect(order[place])
             yield column, self.block(column)
             self._leave(column)
 
