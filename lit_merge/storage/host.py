@@ -85,7 +85,7 @@ class HostStorage(Storage):
             return
         for name, part in (("base", self._base), ("rows", self._rows)):
             if name not in self._locks:
-                self._locks[name] = PageLock(part)
+                self._locks[name] = PageLock(part, self.device)
         if not all(lock.held for lock in self._locks.values() if lock.size):
             rank_zero_info(
                 "storage: the system does not allow to lock as much memory, so that task vectors go to the device more "

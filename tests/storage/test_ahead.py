@@ -14,6 +14,7 @@ from lit_merge.storage.ahead import Signals, rotate
 from lit_merge.storage.page_lock import PageLock
 
 ITEMS = list(range(9))
+CUDA = torch.device("cuda", 1)
 
 
 class Streams(Signals):
@@ -135,7 +136,7 @@ class Driver:
     """What of CUDA's runtime locks pages."""
 
     def __init__(self, status: int) -> None:
-        self.status, self.locked = status, dict[int, int]()
+        self.status, self.locked, self.waited = status, dict[int, int](), list[torch.device]()
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         if not self.status:
@@ -143,6 +144,7 @@ class Driver:
         return self.status
 
     def cudaHostUnregister(self, pointer: int) -> None:
+        assert self.waited == [CUDA], "copies that are queued may still read it"
         del self.locked[pointer]
 
 
@@ -150,14 +152,15 @@ def test_pages_are_locked_as_long_as_the_lock_lives(monkeypatch: pytest.MonkeyPa
     rows = torch.zeros(3, 8)[:, :5]  # with all that lies between its rows
     driver = Driver(0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    lock = PageLock(rows)
+    monkeypatch.setattr(torch.cuda, "synchronize", driver.waited.append)
+    lock = PageLock(rows, CUDA)
     assert lock.held
     assert driver.locked == {rows.data_ptr(): 96}
     del lock
     assert not driver.locked
-    assert not PageLock(torch.zeros(0)).held
+    assert not PageLock(torch.zeros(0), CUDA).held
 
 
 def test_a_lock_that_the_system_refuses_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(1))
-    assert not PageLock(torch.zeros(4)).held
+    assert not PageLock(torch.zeros(4), CUDA).held
