@@ -67,6 +67,8 @@ def test_what_is_asked_for_is_taken() -> None:
     assert decided(CPU, kind="device", budget=1200)[0] == "device"
     with pytest.raises(MergeError, match=r"base and task vectors take 1,200 bytes, and model.storage_budget is 1,199"):
         decided(CPU, kind="device", budget=1199)
+    with pytest.raises(MergeError, match=r"storage: sharded: the ranks are not known here; give sharded_over"):
+        StorageChoice("sharded")(layout_of(["w"], BASE), BASE, 4, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
