@@ -185,6 +185,12 @@ def test_a_transform_has_the_bits_of_one_in_memory(kind: str, transform: Any) ->
     assert type(mapped.storage) is type(tv.storage)
 
 
+@pytest.mark.parametrize("kind", ["device", "host", "low_rank"])
+def test_a_module_of_another_type_keeps_every_bit_of_its_bank(kind: str) -> None:
+    tv = bank(kind)
+    same(results(deepcopy(tv).to(torch.bfloat16)), results(tv))  # what Trainer(precision="bf16-true") does
+
+
 def test_host_memory_does_not_move_with_the_module() -> None:
     tv = bank("host")
     storage: Any = tv.storage
