@@ -183,7 +183,7 @@ class HostStorage(Storage):
 
     def _signals(self, rooms: list[Room]) -> Signals | None:
         """What orders the copies of a walk, if it copies ahead."""
-        return CudaSignals(self.device, [part for room in rooms for part in room.memory]) if rooms else None
+        return CudaSignals(self.device) if rooms else None
 
     def _fill(self, room: Room, column: int, number: int, signals: Signals) -> DenseBlock:
         """Queue the copies of one tensor."""

@@ -5,10 +5,10 @@
 
 Networks have random weights. ``forward`` merges (one pass over the bank), ``backward`` brings the gradient of the
 merged weights back to the coefficients (another one); ``GB/s`` is bytes of the bank over the forward time. ``step`` is
-forward, encoder with ``--images`` images per task, backward. Times are medians. ``private`` is by how much the memory of
-the process grew that no file is behind, when the bank was made, ``device`` what of the GPU is in use then; in the JSON
-``peak_resident`` is by how much the resident set had grown at most until then, pages of files included. Every storage
-has a process of its own.
+forward, encoder with ``--images`` images per task, backward. Times are medians. ``private`` is by how much the memory
+of the process grew that no file is behind, when the bank was made, ``device`` what of the GPU is in use then; in the
+JSON ``peak_resident`` is by how much the resident set had grown at most until then, pages of files included. Every
+storage has a process of its own.
 """
 
 from __future__ import annotations

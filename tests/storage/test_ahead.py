@@ -120,6 +120,21 @@ def test_every_use_sees_what_the_room_was_filled_with(staged: bool, eager: bool)
     assert not any(wrong(Streams(seed), staged, eager) for seed in range(30))
 
 
+@pytest.mark.parametrize("asked", [0, 1, 2, 5, len(ITEMS)])
+def test_rooms_are_free_for_others_when_it_ends(asked: int) -> None:
+    """Also where not all was asked for: the next owner of the memory has it from the stream that used the rooms."""
+    for seed in range(30):
+        streams, rooms = Streams(seed), [0, 0]
+        walk = rotate(ITEMS, lambda room, item: streams.queue(lambda: rooms.__setitem__(room, item)), streams)  # noqa: B023
+        for _ in range(asked):
+            next(walk)
+        walk.close()  # type: ignore[attr-defined]
+        streams.queue(lambda: rooms.__setitem__(slice(None), [-1, -1]))  # noqa: B023
+        while streams.advance():
+            pass
+        assert rooms == [-1, -1]
+
+
 @pytest.mark.parametrize("careless", [Heedless, Hasty])
 def test_the_simulation_notices_a_wait_that_is_missing(careless: type[Streams]) -> None:
     assert any(wrong(careless(seed), staged=False, eager=False) for seed in range(30))
