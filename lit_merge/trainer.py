@@ -175,13 +175,20 @@ class MergeTrainer(L.Trainer):
                 datamodule.setup("test")
             model.calibrate(datamodule)
         folder = run_dir(self) / "export" if output is None else Path(output)
-        path = folder
+        path, failure = folder, None
         state = model.merged_state() if self.is_global_zero or model.bank.storage.shared else None  # by all ranks
         if self.is_global_zero:
-            path = export_merge(folder, self, model, format, None if ckpt_path is None else Path(ckpt_path), state)
-        path = Path(self.strategy.broadcast(str(path)))  # the others go on when the file is there
-        rank_zero_info(f"merged network: {path}")
-        return path
+            try:
+                path = export_merge(folder, self, model, format, None if ckpt_path is None else Path(ckpt_path), state)
+            except Exception as error:  # the others would wait for the file
+                failure = error
+        found, said = self.strategy.broadcast((str(path), None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        if said is not None:
+            raise MergeError(f"rank zero could not write the merged network: {said}")
+        rank_zero_info(f"merged network: {found}")
+        return Path(found)
 
 
 def _load(model: MergeModule, path: Path) -> None:

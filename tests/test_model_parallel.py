@@ -119,6 +119,8 @@ def test_a_merge_without_a_fit_is_scored_and_written_by_all_ranks(tmp_path: Path
         report, more = Report(), {"strategy": "ddp"} if ranks > 1 else {}
         engine = trainer(folder, ranks, callbacks=[report], **more)
         path = engine.merge(model, datamodule=TaskDataModule(model.suite, eval_batch_size=5))
+        with pytest.raises(MergeError, match="format: open_clip holds image towers"):  # on all ranks: none waits
+            engine.export(model, format="open_clip")
         return {"tasks": report.content["tasks"], "state": load_file(path)}
 
     wanted = merge(tmp_path / "alone", 1)

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 __all__ = ("CudaSignals", "Signals", "rotate")
@@ -44,19 +43,20 @@ class Signals(ABC):
 class CudaSignals(Signals):
     """Events between the current stream, which uses the rooms, and a side stream, which fills them.
 
+    The rooms are memory that was allocated for the current stream. That can be given up when :func:`rotate` ends, as
+    the current stream has waited for all that the side stream does with it; ``Tensor.record_stream`` would keep it from
+    being used again until that is done, and a processor that is ahead would need new rooms for every walk.
+
     Args:
         device: A CUDA device.
-        memory: What the rooms are made of, on that device; it may be given up as soon as the last use is queued.
         rooms: Number of rooms.
     """
 
-    def __init__(self, device: torch.device, memory: Iterable[Tensor], rooms: int = 2) -> None:
+    def __init__(self, device: torch.device, rooms: int = 2) -> None:
         self._device = device
         self._side = torch.cuda.Stream(device)
         self._filled = [torch.cuda.Event() for _ in range(rooms)]
         self._used = [torch.cuda.Event() for _ in range(rooms)]
-        for part in memory:
-            part.record_stream(self._side)
         for room in range(rooms):  # the memory may be recycled from what the current stream still works on
             self.used(room)
 
@@ -65,8 +65,10 @@ class CudaSignals(Signals):
     def filling(self, room: int) -> Iterator[None]:
         self._side.wait_event(self._used[room])
         with torch.cuda.stream(self._side):
-            yield
-            self._filled[room].record(self._side)
+            try:
+                yield
+            finally:  # what was queued before an error, too
+                self._filled[room].record(self._side)
 
     @override
     def await_filled(self, room: int) -> None:
@@ -105,10 +107,14 @@ def rotate(
                 ahead.append((room, item, fill(room, item)))
             return
 
-    fill_next()
-    while ahead:
-        room, item, filled = ahead.popleft()
+    try:
         fill_next()
-        signals.await_filled(room)
-        yield item, filled
-        signals.used(room)
+        while ahead:
+            room, item, filled = ahead.popleft()
+            fill_next()
+            signals.await_filled(room)
+            yield item, filled
+            signals.used(room)
+    finally:  # whoever gets the memory next comes after what is still being filled, if not all was asked for
+        for room in range(rooms):
+            signals.await_filled(room)

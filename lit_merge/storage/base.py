@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 __all__ = ("Block", "Layout", "Storage", "StorageFactory", "layout_of")
 
@@ -222,6 +223,16 @@ class Storage(nn.Module, ABC):
     def report(self) -> dict[str, object]:
         """Return plain data on what was lost, for the report; nothing if nothing was."""
         return {}
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but keep the types: ``Module.to(dtype)``, as of a Trainer in ``bf16-true``, would round the bank."""
+
+        def moved(value: Tensor) -> Tensor:
+            found = fn(value)
+            return found if found.dtype == value.dtype else value.to(found.device)
+
+        return super()._apply(moved, recurse)
 
 
 StorageFactory = Callable[[Layout, Mapping[str, Tensor], int, torch.dtype], Storage]

@@ -34,7 +34,7 @@ class StorageChoice:
     ``host``       in the host's memory; tensors are copied to the device as they are used
     ``mmap``       in a file on disk, of which the system keeps in memory what it has room for
     ``low_rank``   on the device, matrices by their leading singular directions; the only one that changes results
-    ``sharded``    on the devices of all ranks, a part on each
+    ``sharded``    on the devices of all ranks, a part on each, see :func:`~lit_merge.storage.sharded.sharded_over`
     ``auto``       the first of ``device``, ``host`` and ``mmap`` that has room
     =============  ================================================================================================
 
@@ -72,14 +72,18 @@ class StorageChoice:
         check_rank(self.rank)
 
     def __call__(self, layout: Layout, base: Mapping[str, Tensor], tasks: int, dtype: torch.dtype) -> Storage:
-        """Choose and make a storage; say which one, and why, unless that is what was asked for."""
+        """Choose and make a storage; say which one, and why, unless that is what was asked for.
+
+        Raises:
+            MergeError: ``sharded`` was asked for, which takes ranks.
+        """
+        if self.kind == "sharded":
+            raise MergeError("storage: sharded: the ranks are not known here; give sharded_over(RankGroup()) instead")
         device = self.device or (base[layout.names[0]].device if layout.names else torch.device("cpu"))
         kind, why = self.decided(layout, tasks, dtype, device)
         if self.kind == "auto":
             rank_zero_info(f"storage: {kind}: {why}")
         made_on = self.made_on or device
-        if kind == "sharded":  # the ranks are not known here
-            raise MergeError("storage: sharded is made by lit_merge.storage.sharded_over, of the ranks that share it")
         if kind == "host":
             return HostStorage(layout, base, tasks, dtype, made_on)
         if kind == "mmap":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ("free_memory", "host_memory")
+__all__ = ("free_memory", "host_memory", "in_memory")
 
 
 def free_memory(device: torch.device) -> int:
@@ -29,6 +29,21 @@ def host_memory(root: Path = Path("/")) -> int:
     """
     bounds = [*_available(root), *_groups(root), *_limits(root)]
     return max(0, min(bounds)) if bounds else _half()
+
+
+def in_memory(folder: Path, root: Path = Path("/")) -> bool:
+    """Whether files of a folder are in memory and not on a disk, as far as the system says.
+
+    Args:
+        folder: The folder.
+        root: Where ``proc`` is.
+    """
+    own, nearest, kind = folder.resolve(), "", ""
+    for line in _text(root / "proc/self/mounts").splitlines():
+        _, place, found, *_ = line.split(" ")
+        if own.is_relative_to(place) and len(place) >= len(nearest):  # a later one hides an earlier one
+            nearest, kind = place, found
+    return kind in ("tmpfs", "ramfs")
 
 
 def _available(root: Path) -> Iterator[int]:

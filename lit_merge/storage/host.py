@@ -85,7 +85,7 @@ class HostStorage(Storage):
             return
         for name, part in (("base", self._base), ("rows", self._rows)):
             if name not in self._locks:
-                self._locks[name] = PageLock(part)
+                self._locks[name] = PageLock(part, self.device)
         if not all(lock.held for lock in self._locks.values() if lock.size):
             rank_zero_info(
                 "storage: the system does not allow to lock as much memory, so that task vectors go to the device more "
@@ -140,9 +140,9 @@ class HostStorage(Storage):
         if (signals := self._signals(rooms)) is not None:
             yield from rotate(order, lambda room, column: self._fill(rooms[room], column, room, signals), signals)
             return
-        for column, after in zip(order, [*order[1:], None], strict=True):
-            if after is not None:
-                self._expect(after)
+        for place, column in enumerate(order, 1):
+            if place < len(order):
+                self._expect(order[place])
             yield column, self.block(column)
             self._leave(column)
 
@@ -183,7 +183,7 @@ class HostStorage(Storage):
 
     def _signals(self, rooms: list[Room]) -> Signals | None:
         """What orders the copies of a walk, if it copies ahead."""
-        return CudaSignals(self.device, [part for room in rooms for part in room.memory]) if rooms else None
+        return CudaSignals(self.device) if rooms else None
 
     def _fill(self, room: Room, column: int, number: int, signals: Signals) -> DenseBlock:
         """Queue the copies of one tensor."""

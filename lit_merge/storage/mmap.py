@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
@@ -20,6 +21,7 @@ from lit_merge.errors import MergeError
 from lit_merge.storage.ahead import Signals
 from lit_merge.storage.base import Layout
 from lit_merge.storage.dense import DenseBlock
+from lit_merge.storage.free_memory import in_memory
 from lit_merge.storage.host import HostStorage, Room
 
 __all__ = ("MappedStorage",)
@@ -59,6 +61,11 @@ class MappedStorage(HostStorage):
         self.__dict__["_folder"] = Path(folder or tempfile.gettempdir()).expanduser()  # before nn.Module is there
         self.__dict__["_files"] = []
         _check_room(self._folder, len(layout) * (layout.wide.itemsize + tasks * dtype.itemsize))
+        if in_memory(self._folder):
+            rank_zero_info(
+                f"storage: mmap: {self._folder} is in memory itself, so that nothing is saved; give a storage_folder "
+                "on a disk, or set TMPDIR"
+            )
         super().__init__(layout, base, tasks, dtype, device)
 
     _folder: Path

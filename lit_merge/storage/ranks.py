@@ -17,6 +17,9 @@ __all__ = ("RankGroup",)
 class RankGroup:
     """A process group, gloo's or NCCL's. All of its ranks call the same methods in the same order.
 
+    Results are where the tensors are. NCCL has to have these on a CUDA device: what is elsewhere, as all of a module
+    is that Lightning has taken off the device at the end of a run, goes to this rank's device and back.
+
     Args:
         handle: The group; by default that of all ranks.
 
@@ -29,6 +32,12 @@ class RankGroup:
         self._handle = handle
         self.size = dist.get_world_size(handle)
         self.rank = dist.get_rank(handle)
+
+    def _there(self, value: Tensor) -> Tensor:
+        """Bring a tensor to where the group can send it from."""
+        if value.device.type == "cuda" or dist.get_backend(self._handle) != "nccl":
+            return value
+        return value.to(torch.device("cuda", torch.cuda.current_device()))
 
     def own(self, flat: Tensor) -> Tensor:
         """Return this rank's shard of a vector: entries [r·s, (r + 1)·s) with s = ⌈n / W⌉, fewer at the end.
@@ -50,9 +59,10 @@ class RankGroup:
             shard: ``(s,)``; zeros behind the end.
             size: n.
         """
-        whole = torch.empty(self.size * len(shard), dtype=shard.dtype, device=shard.device)
-        dist.all_gather_into_tensor(whole, shard.contiguous(), group=self._handle)
-        return whole[:size]
+        sent = self._there(shard).contiguous()
+        whole = sent.new_empty(self.size * len(sent))
+        dist.all_gather_into_tensor(whole, sent, group=self._handle)
+        return whole[:size].to(shard.device)
 
     def gather_rows(self, shards: Tensor, size: int) -> Tensor:
         """Return rows ``(T, n)`` of which each rank has shards.
@@ -72,16 +82,16 @@ class RankGroup:
             flat: ``(n,)``, this rank's own.
         """
         size = self.shard(len(flat))
-        mean = torch.empty(size, dtype=flat.dtype, device=flat.device)
-        whole = pad(flat, (0, self.size * size - len(flat))).contiguous()
+        whole = pad(self._there(flat), (0, self.size * size - len(flat))).contiguous()
+        mean = whole.new_empty(size)
         dist.reduce_scatter_tensor(mean, whole, group=self._handle)
-        return mean.div_(self.size)
+        return mean.div_(self.size).to(flat.device)
 
     def total(self, value: Tensor) -> Tensor:
         """Return the sum over ranks."""
-        value = value.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(value, group=self._handle)
-        return value
+        found = self._there(value).clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(found, group=self._handle)
+        return found.to(value.device)
 
     def anyone(self, flag: bool, device: torch.device) -> bool:
         """Whether a flag is set on any rank."""

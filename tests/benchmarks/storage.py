@@ -5,9 +5,10 @@
 
 Networks have random weights. ``forward`` merges (one pass over the bank), ``backward`` brings the gradient of the
 merged weights back to the coefficients (another one); ``GB/s`` is bytes of the bank over the forward time. ``step`` is
-forward, encoder with ``--images`` images per task, backward. Times are medians. ``private`` is how much memory of the
-process grew that no file is behind, when the bank was made (peak, and what is kept), ``device`` what of the GPU is in
-use then. Every storage has a process of its own.
+forward, encoder with ``--images`` images per task, backward. Times are medians. ``private`` is by how much the memory
+of the process grew that no file is behind, when the bank was made, ``device`` what of the GPU is in use then; in the
+JSON ``peak_resident`` is by how much the resident set had grown at most until then, pages of files included. Every
+storage has a process of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     network = small_vit(mlp_ratio=4.0, **shape).eval()
     base = network.state_dict()
-    before = private()
+    before, resident = private(), private("VmRSS")
     started = time.perf_counter()
     tv = TaskVectors.from_state_dicts(
         base,
@@ -72,7 +73,7 @@ def measure(storage: str, options: argparse.Namespace) -> dict[str, Any]:
         storage=StorageChoice(storage, rank=options.rank, folder=options.folder, device=device),  # type: ignore[arg-type]
     ).to(device)
     made = time.perf_counter() - started
-    kept, peak = private() - before, private("VmHWM")
+    kept, peak = private() - before, private("VmHWM") - resident
     skeleton = Skeleton(network).to(device)
     images = torch.randn(options.images * options.tasks, 3, shape["image_size"], shape["image_size"], device=device)
     coefficients = torch.full((options.tasks, len(tv.names)), 0.3, device=device, requires_grad=True)

@@ -14,6 +14,7 @@ from lit_merge.storage.ahead import Signals, rotate
 from lit_merge.storage.page_lock import PageLock
 
 ITEMS = list(range(9))
+CUDA = torch.device("cuda", 1)
 
 
 class Streams(Signals):
@@ -119,6 +120,21 @@ def test_every_use_sees_what_the_room_was_filled_with(staged: bool, eager: bool)
     assert not any(wrong(Streams(seed), staged, eager) for seed in range(30))
 
 
+@pytest.mark.parametrize("asked", [0, 1, 2, 5, len(ITEMS)])
+def test_rooms_are_free_for_others_when_it_ends(asked: int) -> None:
+    """Also where not all was asked for: the next owner of the memory has it from the stream that used the rooms."""
+    for seed in range(30):
+        streams, rooms = Streams(seed), [0, 0]
+        walk = rotate(ITEMS, lambda room, item: streams.queue(lambda: rooms.__setitem__(room, item)), streams)  # noqa: B023
+        for _ in range(asked):
+            next(walk)
+        walk.close()  # type: ignore[attr-defined]
+        streams.queue(lambda: rooms.__setitem__(slice(None), [-1, -1]))  # noqa: B023
+        while streams.advance():
+            pass
+        assert rooms == [-1, -1]
+
+
 @pytest.mark.parametrize("careless", [Heedless, Hasty])
 def test_the_simulation_notices_a_wait_that_is_missing(careless: type[Streams]) -> None:
     assert any(wrong(careless(seed), staged=False, eager=False) for seed in range(30))
@@ -135,7 +151,7 @@ class Driver:
     """What of CUDA's runtime locks pages."""
 
     def __init__(self, status: int) -> None:
-        self.status, self.locked = status, dict[int, int]()
+        self.status, self.locked, self.waited = status, dict[int, int](), list[torch.device]()
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         if not self.status:
@@ -143,6 +159,7 @@ class Driver:
         return self.status
 
     def cudaHostUnregister(self, pointer: int) -> None:
+        assert self.waited == [CUDA], "copies that are queued may still read it"
         del self.locked[pointer]
 
 
@@ -150,14 +167,15 @@ def test_pages_are_locked_as_long_as_the_lock_lives(monkeypatch: pytest.MonkeyPa
     rows = torch.zeros(3, 8)[:, :5]  # with all that lies between its rows
     driver = Driver(0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    lock = PageLock(rows)
+    monkeypatch.setattr(torch.cuda, "synchronize", driver.waited.append)
+    lock = PageLock(rows, CUDA)
     assert lock.held
     assert driver.locked == {rows.data_ptr(): 96}
     del lock
     assert not driver.locked
-    assert not PageLock(torch.zeros(0)).held
+    assert not PageLock(torch.zeros(0), CUDA).held
 
 
 def test_a_lock_that_the_system_refuses_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(1))
-    assert not PageLock(torch.zeros(4)).held
+    assert not PageLock(torch.zeros(4), CUDA).held

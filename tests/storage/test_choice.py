@@ -11,7 +11,7 @@ import torch
 from lit_merge import AdaMerging, MergeError
 from lit_merge.storage import StorageChoice, layout_of
 from lit_merge.storage import choice as module
-from lit_merge.storage.free_memory import host_memory
+from lit_merge.storage.free_memory import host_memory, in_memory
 
 BASE = {"w": torch.zeros(50, 2)}  # 400 bytes; with 4 task vectors in bfloat16 1,200
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -67,8 +67,8 @@ def test_what_is_asked_for_is_taken() -> None:
     assert decided(CPU, kind="device", budget=1200)[0] == "device"
     with pytest.raises(MergeError, match=r"base and task vectors take 1,200 bytes, and model.storage_budget is 1,199"):
         decided(CPU, kind="device", budget=1199)
-    with pytest.raises(MergeError, match=r"sharded is made by lit_merge.storage.sharded_over"):
-        StorageChoice("sharded")(layout_of(["w"], BASE), BASE, 4, torch.float32)
+    with pytest.raises(MergeError, match=r"storage: sharded: the ranks are not known here; give sharded_over"):
+        StorageChoice("sharded")(layout_of(["w"], BASE), BASE, 4, torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,11 @@ def test_free_memory_of_the_host(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "7000\n",
     }
     assert host_memory(write(tmp_path / "first", first)) == 0
+
+
+def test_a_folder_may_be_in_memory(tmp_path: Path) -> None:
+    mounts = "disk / ext4 rw 0 0\ntmpfs /run tmpfs rw 0 0\ndisk /run/disk ext4 rw 0 0\ntmpfs /running tmpfs rw 0 0\n"
+    root = write(tmp_path, {"proc/self/mounts": mounts})
+    found = {folder: in_memory(Path(folder), root) for folder in ("/run", "/run/a", "/run/disk/a", "/runs", "/running")}
+    assert [folder for folder, memory in found.items() if memory] == ["/run", "/run/a", "/running"]
+    assert not in_memory(Path("/run"), tmp_path / "nowhere")

@@ -142,3 +142,35 @@ def test_a_rank_keeps_no_more_than_its_share_while_it_reads() -> None:
     assert torch.equal(bank.storage.get_buffer("_deltas")[0, : 2**15], torch.arange(2.0**15, 2.0**16))
     assert bank.storage.get_buffer("_deltas")[1, -1] == 2 * 2**14 + 1  # entries 16385 to 32769 of 49153
     assert bank.digests == TaskVectors.from_state_dicts(state, experts).digests
+
+
+def test_nccl_is_given_tensors_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a run, when Lightning has moved the module to the CPU."""
+
+    class Elsewhere(RankGroup):
+        def __init__(self) -> None:
+            self.size, self.rank, self._handle = 2, 0, None
+
+        def _there(self, value: Tensor) -> Tensor:
+            return value.to("meta")
+
+    class Value:
+        device = torch.device("cpu")
+
+        def to(self, device: torch.device) -> torch.device:
+            return device
+
+    sent: list[str] = []
+    for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
+        monkeypatch.setattr(dist, name, lambda *tensors, group: sent.extend(x.device.type for x in tensors))
+    group, value = Elsewhere(), torch.ones(4)
+    for use in (lambda: group.gather(value, 8), lambda: group.scatter_mean(value), lambda: group.total(value)):
+        with pytest.raises(NotImplementedError, match="out of meta"):  # the way back
+            use()
+    assert sent == ["meta"] * 5
+    there: Any = RankGroup._there
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(dist, "get_backend", lambda handle: "gloo")
+    assert there(group, value) is value
+    monkeypatch.setattr(dist, "get_backend", lambda handle: "nccl")
+    assert there(group, Value()) == torch.device("cuda", 3)

@@ -17,6 +17,7 @@ from testers import Negate
 from torch import Tensor
 
 from lit_merge import MergeError, TaskVectors
+from lit_merge.functional.leaf_gradient import leaf_loss, leaves
 from lit_merge.functional.masked import Mask
 from lit_merge.storage import DenseStorage, HostStorage, LowRankStorage, MappedStorage, Storage
 from lit_merge.storage.host import Room
@@ -184,6 +185,12 @@ def test_a_transform_has_the_bits_of_one_in_memory(kind: str, transform: Any) ->
     assert type(mapped.storage) is type(tv.storage)
 
 
+@pytest.mark.parametrize("kind", ["device", "host", "low_rank"])
+def test_a_module_of_another_type_keeps_every_bit_of_its_bank(kind: str) -> None:
+    tv = bank(kind)
+    same(results(deepcopy(tv).to(torch.bfloat16)), results(tv))  # what Trainer(precision="bf16-true") does
+
+
 def test_host_memory_does_not_move_with_the_module() -> None:
     tv = bank("host")
     storage: Any = tv.storage
@@ -199,7 +206,16 @@ def test_a_storage_that_copies_waits_for_its_staging_rooms() -> None:
     storage: Any = bank("mmap ahead").storage
     assert [column for column, _ in storage.walk([0, 4, 2])] == [0, 4, 2]
     assert storage.signals.settled == [0, 1, 0]
-    assert list(storage.walk([])) == []
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_a_loss_without_a_gradient(kind: str) -> None:
+    tv = bank(kind)
+    coefficients = torch.zeros(T, len(tv.names), requires_grad=True)
+    merged = tv.contract(coefficients)
+    leaf_loss(merged, leaves(merged), [torch.tensor(2.0)]).backward()
+    assert coefficients.grad is not None
+    assert not coefficients.grad.any()
 
 
 def test_forks_share_a_file_that_has_no_name(tmp_path: Path) -> None:
