@@ -35,7 +35,7 @@ _FAMILIES = (
 )
 _OF_KEY: dict[str, type] = {"method": MergeModule, "model": MergeModule, "objective": Objective, "suite": Suite}
 _TOP = {"trainer", "model", "suite", "data", "config", "seed_everything", "ckpt_path", "init_args", "class_path"}
-_CLASS = re.compile(r"(?:import path string|Not a valid subclass name|class_path)[^:\n]*:\s*['\"]?([\w.]+)")
+_CLASS = re.compile(r"(?:import path string|Not a valid subclass name|class_path)[^:\n]*:[ ]*['\"]?([\w.]+)")
 _OPTION = re.compile(r"(?:Option|option|arguments?:) '?(?:--)?([\w.]+?)'?(?: is not accepted|$|=|\s)")
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 _UNKNOWN = re.compile(r"unknown (\w+) '(\w+)'(?:; .+)?")

@@ -10,7 +10,8 @@ from commands import TINY, refused, run
 
 from lit_merge import configs
 from lit_merge.errors import MergeError
-from lit_merge.hints import hint
+from lit_merge.expert import ExpertModule
+from lit_merge.hints import class_names, hint
 
 RUN = Path("runs/adamerging/version_0")
 
@@ -67,6 +68,7 @@ class TestHints:
     )
     def test_yaml(self, text: str, right: str, capsys: pytest.CaptureFixture[str]) -> None:
         Path("wrong.yaml").write_text(text + "\n")
+        assert ExpertModule.__name__ in class_names()  # which is near to the word module in the parser's messages
         said = self.refused(capsys, "fit", "--config", "adamerging", "--config", "wrong.yaml")
         assert f"did you mean {right}?" in said
 
