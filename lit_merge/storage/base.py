@@ -232,7 +232,8 @@ class Storage(nn.Module, ABC):
             found = fn(value)
             return found if found.dtype == value.dtype else value.to(found.device)
 
-        return super()._apply(moved, recurse)
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call, unused-ignore]
+        return self
 
 
 StorageFactory = Callable[[Layout, Mapping[str, Tensor], int, torch.dtype], Storage]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,10 @@ def test_nccl_is_given_tensors_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch)
     for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce"):
         monkeypatch.setattr(dist, name, lambda *tensors, group: sent.extend(x.device.type for x in tensors))
     group, value = Elsewhere(), torch.ones(4)
-    for use in (lambda: group.gather(value, 8), lambda: group.scatter_mean(value), lambda: group.total(value)):
+    uses: list[Callable[[], Tensor]] = [
+        lambda: group.gather(value, 8), lambda: group.scatter_mean(value), lambda: group.total(value),
+    ]  # fmt: skip
+    for use in uses:
         with pytest.raises(NotImplementedError, match="out of meta"):  # the way back
             use()
     assert sent == ["meta"] * 5
