@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,15 @@ def test_four_ranks_are_one(tmp_path: Path) -> None:
     ranks = run(4, FEW[:1], tmp_path / "shared", **by_block)
     for name in FEW[:1]:
         check(name, alone[name], [rank[name] for rank in ranks])
+
+
+@pytest.mark.skipif("LIT_MERGE_ALL_RANKS" not in os.environ, reason="two minutes; set LIT_MERGE_ALL_RANKS to run it")
+@pytest.mark.timeout(900)
+def test_four_ranks_are_one_for_every_method(tmp_path: Path) -> None:
+    names = tuple(CASES)
+    (alone,) = run(1, names, tmp_path / "1")
+    at_once = tuple(name for name, case in CASES.items() if not case.stream)
+    for folder, chosen, more in (("4", names, {}), ("shared", at_once, {"storage": "sharded"})):
+        ranks = run(4, chosen, tmp_path / folder, **more)
+        for name in chosen:
+            check(name, alone[name], [rank[name] for rank in ranks])
