@@ -82,12 +82,14 @@ class AdaptationSteps(BlockSteps):
         self.max_images, self.activation_budget = max_images, activation_budget
         self._image_bytes = {}
 
-    def on_train_batch_start(self, batch: Batches, batch_idx: int) -> int | None:
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:  # noqa: ANN401 - a method may have its own
         """Find out which weights autocast casts before the first step, so that a run that goes on makes them alike."""
-        if self.merge_by == "network" and self.skeleton.autocast_weights.names is None:
+        parts = batch.values() if isinstance(batch, Mapping) else ()
+        images = next((part.images[:1] for part in parts if isinstance(part, UnlabelledBatch)), None)
+        if images is not None and self.merge_by == "network" and self.skeleton.autocast_weights.names is None:
             with self.trainer.precision_plugin.train_step_context(), torch.enable_grad():
                 if autocast_type(self.device) is not None:
-                    self.skeleton(self._as_leaves(self.bank.base), next(iter(batch.values())).images[:1])
+                    self.skeleton(self._as_leaves(self.bank.base), images)
         return None
 
     def training_step(self, batch: Batches, batch_idx: int) -> dict[str, Any]:

@@ -44,12 +44,13 @@ def test_nothing_is_mutated_or_shared() -> None:
     assert float(tv.deltas["w"][0].sum()) == 6
 
 
-def test_nothing_is_saved_and_everything_moves() -> None:
+def test_nothing_is_saved_everything_moves_and_keeps_its_type() -> None:
     tv = bank("cnn")
     assert tv.state_dict() == {}
     assert not list(tv.parameters())
-    half = tv.to(torch.float32)
-    assert all(delta.dtype == torch.float32 for delta in half.deltas.values())
+    moved = tv.to("meta", torch.float32)
+    assert all(delta.dtype == torch.float64 for delta in moved.deltas.values())
+    assert all(value.device.type == "meta" for value in (*moved.deltas.values(), *moved.base.values()))
 
 
 @pytest.mark.parametrize("kind", ["vit", "cnn", "tied", "mlp"])
